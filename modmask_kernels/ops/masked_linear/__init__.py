@@ -1,0 +1,12 @@
+from __future__ import annotations
+from torch import Tensor
+from . import reference
+
+
+def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, bias_logits: Tensor | None = None, *,
+                  seed: Tensor | None = None, tensor_id: int = 0, bias_tensor_id: int | None = None, sample_offset: int = 0,
+                  element_offset: int = 0, samples: int = 1, tau: float = 1.0, hard: bool = True, batch_dim: int = 0) -> Tensor:
+    return reference.masked_linear(x, weight, logits, bias, bias_logits, seed=seed, tensor_id=tensor_id,
+                                   bias_tensor_id=tensor_id + 1 if bias_tensor_id is None else bias_tensor_id,
+                                   sample_offset=sample_offset, element_offset=element_offset, samples=samples, tau=tau, hard=hard,
+                                   batch_dim=batch_dim)

@@ -1,0 +1,58 @@
+"""`masked_linear` in plain PyTorch: one masked product per group, differentiable by autograd."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..sample_mask.reference import mask_of_sample
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    bias_logits: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    tensor_id: int = 0,
+    bias_tensor_id: int = 1,
+    sample_offset: int = 0,
+    element_offset: int = 0,
+    samples: int = 1,
+    tau: float = 1.0,
+    hard: bool = True,
+    batch_dim: int = 0,
+) -> Tensor:
+    """See `modmask_kernels.ops.masked_linear`; arguments are assumed valid."""
+    # logits of a single set may come without the set dimension
+    logits = logits if logits.dim() == weight.dim() + 1 else logits.unsqueeze(0)
+    sets = logits.shape[0]
+    if bias_logits is not None and bias_logits.dim() == 1:
+        bias_logits = bias_logits.unsqueeze(0)
+    if seed is None:
+        samples = 1
+    elif seed.dim() == 0:
+        seed = seed.expand(sets)
+    groups = sets * samples
+
+    parts = []
+    for g, part in enumerate(x.chunk(groups, dim=batch_dim) if x.shape[batch_dim] else [x] * groups):
+        s, k = divmod(g, samples)
+        draw = {
+            "seed": None if seed is None else seed[s],
+            "sample": sample_offset + k,
+            "tau": tau,
+            "hard": hard,
+        }
+        mask = mask_of_sample(
+            logits[s], tensor_id=tensor_id, element_offset=element_offset, **draw
+        )
+        b = bias
+        if bias is not None and bias_logits is not None:
+            b = bias * mask_of_sample(bias_logits[s], tensor_id=bias_tensor_id, **draw).to(bias.dtype)
+        parts.append(F.linear(part, weight * mask.to(weight.dtype), b))
+    y = torch.cat(parts, dim=batch_dim)
+    return y if x.shape[batch_dim] else y[(slice(None),) * batch_dim + (slice(0, 0),)]
