@@ -1,0 +1,66 @@
+"""Measures and tests of masks: pure functions of masks, logits and results."""
+
+from .confusion import OUTCOMES, confusion_counts, confusion_percent
+from .logits import histogram, undecided
+from .mask_tests import (
+    HalfMaskResult,
+    InverseMaskResult,
+    early_half,
+    half_mask_test,
+    half_masks,
+    inverse_mask,
+    inverse_mask_test,
+)
+from .measures import (
+    chance_io_min,
+    chance_iou,
+    chance_total_shared,
+    density,
+    io_min,
+    iou,
+    kept_counts,
+    overall_io_min,
+    remaining,
+    removed_per_row,
+    shared,
+    shared_of_union,
+    stability,
+    total_remaining,
+    total_shared,
+    transfer_sharing,
+)
+from .statistics import Statistic, mean_std, summarise
+
+__all__ = [
+    "OUTCOMES",
+    "HalfMaskResult",
+    "InverseMaskResult",
+    "Statistic",
+    "chance_io_min",
+    "chance_iou",
+    "chance_total_shared",
+    "confusion_counts",
+    "confusion_percent",
+    "density",
+    "early_half",
+    "half_mask_test",
+    "half_masks",
+    "histogram",
+    "inverse_mask",
+    "inverse_mask_test",
+    "io_min",
+    "iou",
+    "kept_counts",
+    "mean_std",
+    "overall_io_min",
+    "remaining",
+    "removed_per_row",
+    "shared",
+    "shared_of_union",
+    "stability",
+    "summarise",
+    "total_remaining",
+    "total_shared",
+    "transfer_sharing",
+    "undecided",
+]
