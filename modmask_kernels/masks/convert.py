@@ -1,0 +1,359 @@
+"""Masks over the linear layers of any model, and off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..nn import MaskedLinear, Mode
+from ..nn.masked_linear import check_mode, name_sets
+
+ESTIMATORS = ("gumbel_sigmoid",)
+
+_RECORD = "_mask_record"
+
+
+@dataclass
+class MaskRecord:
+    """What `mask_model` notes on the model, to undo itself and to label mask files."""
+
+    settings: dict[str, Any]
+    requires_grad: dict[str, bool]
+    # by name of the masked layer; in a plain dict, so that they are no submodules of the model
+    dense: dict[str, nn.Linear]
+    # (module name, attribute, former value) of inference shortcuts that would skip a mask
+    shortcuts: list[tuple[str, str, Any]] = field(default_factory=list)
+    # how each set was learned last: seed, steps and settings
+    learned: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class MaskedTensor(NamedTuple):
+    """One masked parameter of a model, with its logits [sets, ...]."""
+
+    parameter: Tensor
+    logits: nn.Parameter
+    tensor_id: int
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The masked layers of a model by name, each once.
+
+    Raises:
+        ValueError: if there is none, or if they do not have the same sets.
+    """
+    layers = find_masked_layers(model)
+    if not layers:
+        raise ValueError("model: expected masked layers, found none; use mask_model first")
+    (first_name, first), *others = layers.items()
+    for name, layer in others:
+        if layer.set_names != first.set_names:
+            raise ValueError(
+                f"model: the masked layers have different sets: {list(first.set_names)} in "
+                f"{first_name!r}, {list(layer.set_names)} in {name!r}"
+            )
+    return layers
+
+
+def find_masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """As `masked_layers`, without the checks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear)}
+
+
+def masked_tensors(layers: dict[str, MaskedLinear]) -> dict[str, MaskedTensor]:
+    """Every masked parameter by name; tied ones once, under the name of the first layer."""
+    found: dict[str, MaskedTensor] = {}
+    seen: set[int] = set()
+    for name, layer in layers.items():
+        for leaf, parameter, logits, tensor_id in (
+            ("weight", layer.weight, layer.weight_logits, layer.tensor_id),
+            ("bias", layer.bias, layer.bias_logits, layer.bias_tensor_id),
+        ):
+            if parameter is None or logits is None or id(logits) in seen:
+                continue
+            seen.add(id(logits))
+            full = f"{name}.{leaf}" if name else leaf
+            found[full] = MaskedTensor(parameter, logits, tensor_id)
+    return found
+
+
+def find_record(model: nn.Module) -> MaskRecord | None:
+    """The record that `mask_model` left on the model, also when it was wrapped since."""
+    for module in model.modules():
+        record = module.__dict__.get(_RECORD)
+        if isinstance(record, MaskRecord):
+            return record
+    return None
+
+
+def _obstacle(linear: nn.Linear, in_attention: bool) -> str | None:
+    """Why a linear layer cannot be replaced, or None."""
+    if in_attention:
+        return "torch.nn.MultiheadAttention reads its weight without calling it"
+    if type(linear).forward is not nn.Linear.forward:
+        return f"{type(linear).__name__} has its own forward"
+    if "weight" not in linear._parameters:
+        return "its weight is computed (parametrised or normalised)"
+    return None
+
+
+def _find_linears(
+    model: nn.Module, accept: Callable[[str, nn.Module], bool] | None
+) -> dict[str, nn.Linear]:
+    """The linear layers to mask by name, each once; a warning names those that cannot be."""
+    attention = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.children()
+    }
+    chosen: dict[str, nn.Linear] = {}
+    left: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or (accept is not None and not accept(name, module)):
+            continue
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"model: layer {name!r} has no shape yet; run the model once before mask_model"
+            )
+        reason = _obstacle(module, id(module) in attention)
+        if reason is None:
+            chosen[name] = module
+        else:
+            left.append(f"{name!r} ({reason})")
+    if left:
+        warnings.warn(
+            f"mask_model leaves these linear layers unmasked: {', '.join(left)}", stacklevel=3
+        )
+    return chosen
+
+
+def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> nn.Module:
+    """Put `replacement[id(module)]` wherever that module sits; returns the root."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in replacement:
+                parent._modules[name] = replacement[id(child)]
+    return replacement.get(id(model), model)
+
+
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let `target` use the very dictionaries of hooks of `source`, so that handles stay valid."""
+    for name, value in vars(source).items():
+        if "hook" in name:
+            target.__dict__[name] = value
+
+
+def _close_shortcuts(model: nn.Module) -> list[tuple[str, str, Any]]:
+    """Switch off the fused inference path of PyTorch's encoder where it would skip a mask."""
+    closed: list[tuple[str, str, Any]] = []
+
+    def switch_off(name: str, module: nn.Module, attribute: str, value: Any) -> None:
+        closed.append((name, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+
+    for name, module in model.named_modules():
+        if not find_masked_layers(module):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            switch_off(name, module, "activation_relu_or_gelu", 0)
+        elif isinstance(module, nn.TransformerEncoder):
+            switch_off(name, module, "use_nested_tensor", False)
+    return closed
+
+
+def mask_model(
+    model: nn.Module,
+    sets: int | Sequence[str] = 1,
+    samples: int = 4,
+    estimator: str = "gumbel_sigmoid",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    bias: bool = False,
+    tau: float = 1.0,
+    init: float = 2.0,
+    batch_dim: int = 0,
+) -> nn.Module:
+    """Lay masks over the linear layers of a model, in place, and freeze all its weights.
+
+    Every `torch.nn.Linear` at any depth becomes a `MaskedLinear` over the same Parameters. A
+    module that occurs at several places is converted once, and layers that share a weight share
+    its logits. All parameters of the model stop requiring gradients; the logits require them.
+
+    Args:
+        model: any module; a bare `torch.nn.Linear` works too, then use the returned module.
+        sets: number of mask sets, or a list of their names.
+        samples: masks drawn per set and batch (spec of the method: 4 to 8).
+        estimator: "gumbel_sigmoid", the straight-through concrete distribution.
+        filter: ``filter(name, module) -> bool``, True for the layers to mask; None masks all.
+        bias: whether biases are masked as well.
+        tau, init: temperature, and initial value of the logits.
+        batch_dim: dimension of the batch in the inputs of the layers (1 for time-major models).
+
+    Returns:
+        The model, or, where the model itself is a `torch.nn.Linear`, its replacement.
+
+    Raises:
+        ValueError: for wrong options, if the model is masked already, if nothing is to be
+            masked, or if a lazy layer has no shape yet.
+
+    Warns:
+        UserWarning: for linear layers that cannot be masked: subclasses with their own forward,
+            parametrised weights, and the output projection inside `torch.nn.MultiheadAttention`.
+
+    Source: Csordás et al. 2021, "Are Neural Nets Modular?", sections 2 and 3.
+    """
+    names = name_sets(sets)
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {list(ESTIMATORS)}, got {estimator!r}")
+    masked = find_masked_layers(model)
+    if masked:
+        raise ValueError(f"model: expected no masked layers, found {next(iter(masked))!r} masked")
+    linears = _find_linears(model, filter)
+    if not linears:
+        raise ValueError(
+            "model: expected at least one torch.nn.Linear"
+            + ("" if filter is None else " that the filter accepts")
+        )
+
+    number = {id(parameter): n for n, (_, parameter) in enumerate(model.named_parameters())}
+    record = MaskRecord(
+        settings={
+            "estimator": estimator,
+            "samples": samples,
+            "tau": float(tau),
+            "init": float(init),
+            "bias": bool(bias),
+        },
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        dense=dict(linears),
+    )
+    replacement: dict[int, nn.Module] = {}
+    logits: dict[int, nn.Parameter] = {}
+    for linear in linears.values():
+        layer = MaskedLinear.from_dense(
+            linear, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init
+        )
+        layer.tensor_id = number[id(linear.weight)]
+        layer.weight_logits = logits.setdefault(id(linear.weight), layer.weight_logits)
+        if layer.bias is not None:
+            layer.bias_tensor_id = number[id(layer.bias)]
+            if layer.bias_logits is not None:
+                layer.bias_logits = logits.setdefault(id(layer.bias), layer.bias_logits)
+        layer.batch_dim = batch_dim
+        _share_hooks(linear, layer)
+        replacement[id(linear)] = layer
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model = _replace(model, replacement)
+    record.shortcuts = _close_shortcuts(model)
+    setattr(model, _RECORD, record)
+    return model
+
+
+def unmask_model(model: nn.Module) -> nn.Module:
+    """Undo `mask_model` in place: the former layers, with the same Parameters, unmasked.
+
+    The masks are dropped, not multiplied in (`MaskSet.bake` does that), and every parameter
+    requires gradients again if it did before.
+
+    Args:
+        model: a model with masked layers, by `mask_model` or built with `MaskedLinear`.
+
+    Returns:
+        The model, or, where the model itself is a `MaskedLinear`, the plain layer.
+
+    Raises:
+        ValueError: if the model has no masked layers.
+    """
+    layers = find_masked_layers(model)
+    if not layers:
+        raise ValueError("model: expected masked layers, found none")
+    record = model.__dict__.pop(_RECORD, None)
+    replacement: dict[int, nn.Module] = {}
+    for name, layer in layers.items():
+        dense = record.dense.get(name) if record is not None else None
+        if dense is None:
+            dense = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+            )
+        # the Parameters of the layer, which a conversion of device or dtype may have replaced
+        dense.weight = layer.weight
+        dense.bias = layer.bias
+        _share_hooks(layer, dense)
+        dense.train(layer.training)
+        replacement[id(layer)] = dense
+    model = _replace(model, replacement)
+    if record is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+        for name, attribute, value in record.shortcuts:
+            setattr(model.get_submodule(name), attribute, value)
+    return model
+
+
+class _Switch:
+    """A setting of all masked layers: effective at once, undone at the end of a `with` block."""
+
+    def __init__(self, layers: Sequence[MaskedLinear], attributes: Sequence[str]) -> None:
+        self._former = [
+            (layer, {name: layer.__dict__[name] for name in attributes}) for layer in layers
+        ]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for layer, attributes in self._former:
+            layer.__dict__.update(attributes)
+
+
+def use_set(model: nn.Module, set: int | str | None) -> _Switch:
+    """Let one mask set work in all masked layers; None means all sets.
+
+    Like `torch.set_grad_enabled`, it takes effect when called, and used in a `with` statement it
+    restores what was before.
+
+    Args:
+        model: a model with masked layers.
+        set: index or name of the set, or None.
+
+    Raises:
+        ValueError: if there is no such set, or no masked layer.
+    """
+    layers = list(masked_layers(model).values())
+    active = None if set is None else (layers[0].set_index(set), 1)
+    switch = _Switch(layers, ("_active", "_views"))
+    for layer in layers:
+        layer.active_sets = active
+    return switch
+
+
+def set_mode(model: nn.Module, mode: Mode | None) -> _Switch:
+    """Set the mode of all masked layers: "sample", "soft", "threshold", "off" or None.
+
+    Takes effect when called; used in a `with` statement it restores what was before.
+
+    Raises:
+        ValueError: for an unknown mode, or a model without masked layers.
+    """
+    check_mode(mode)
+    layers = list(masked_layers(model).values())
+    switch = _Switch(layers, ("_mode",))
+    for layer in layers:
+        layer.mode = mode
+    return switch
+
+
+def logits_of_set(tensor: MaskedTensor, index: int) -> Tensor:
+    """The logits of one set, detached."""
+    return tensor.logits.detach()[index]
