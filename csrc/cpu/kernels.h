@@ -1,0 +1,78 @@
+// What the kernels of every CPU capability offer to the bindings. No torch: the same sources are
+// also compiled on their own by the tests.
+#pragma once
+
+#include <cstdint>
+
+namespace modmask {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+// Calls `body(context)` on `threads` threads at once and returns when all have returned.
+struct Runner {
+  int threads;
+  void (*run)(int threads, void (*body)(void*), void* context);
+};
+
+// How the masks of one parameter are drawn. Group g = set * samples + sample.
+struct MaskSpec {
+  const int64_t* seeds; // [sets], or one seed with seed_stride 0, or null: threshold logit > 0
+  int64_t seed_stride;
+  int64_t sets;
+  int64_t samples;
+  int64_t sample_offset;
+  int64_t element_offset;
+  int64_t tensor_id;
+  float tau;
+  bool hard;
+};
+
+struct LinearProblem {
+  MaskSpec mask;
+  int64_t bias_tensor_id;
+  DType dtype; // of x, weight, bias, y and their gradients
+  int64_t rows; // of each group
+  int64_t in;
+  int64_t out;
+  const void* x; // [groups * rows, in], contiguous, as everything here
+  const void* weight; // [out, in]
+  const float* logits; // [sets, out, in]
+  const void* bias; // [out] or null
+  const float* bias_logits; // [sets, out] or null
+};
+
+// Outputs that are null are not computed.
+struct LinearGradients {
+  const void* dy; // [groups * rows, out]
+  void* dx; // [groups * rows, in]
+  void* dweight; // [out, in]
+  float* dlogits; // [sets, out, in]
+  void* dbias; // [out]
+  float* dbias_logits; // [sets, out]
+};
+
+struct Kernels {
+  const char* capability;
+  void (*linear_forward)(const LinearProblem&, void* y, const Runner&);
+  void (*linear_backward)(const LinearProblem&, const LinearGradients&, const Runner&);
+  // values: [samples, sets, count]
+  void (*sample_values)(const MaskSpec&, const float* logits, int64_t count, float*, const Runner&);
+  // bits: [samples, sets, ceil(count / 8)]
+  void (*sample_bits)(const MaskSpec&, const float* logits, int64_t count, uint8_t*, const Runner&);
+  // dvalues: [samples, sets, count], dlogits: [sets, count]
+  void (*sample_backward)(
+      const MaskSpec&,
+      const float* logits,
+      const float* dvalues,
+      int64_t count,
+      float* dlogits,
+      const Runner&);
+};
+
+extern const Kernels kKernelsPlain;
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+} // namespace modmask

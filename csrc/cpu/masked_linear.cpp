@@ -1,0 +1,190 @@
+// modmask::masked_linear and its backward on the CPU. Schemas live in Python.
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+namespace modmask {
+
+namespace {
+
+DType element_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
+  }
+}
+
+void check_same_type(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+}
+
+// Everything that both directions need, with the contiguous copies it points into.
+struct Arguments {
+  Contiguous x, weight, logits, bias, bias_logits, seed;
+  LinearProblem problem;
+
+  Arguments(
+      const Tensor& x_,
+      const Tensor& weight_,
+      const Tensor& logits_,
+      const std::optional<Tensor>& bias_,
+      const std::optional<Tensor>& bias_logits_,
+      const std::optional<Tensor>& seed_,
+      int64_t tensor_id,
+      int64_t bias_tensor_id,
+      int64_t sample_offset,
+      int64_t element_offset,
+      int64_t samples,
+      double tau,
+      bool hard)
+      : x(x_),
+        weight(weight_),
+        logits(logits_),
+        bias(bias_),
+        bias_logits(bias_logits_),
+        seed(seed_) {
+    check_float32(logits_, "logits");
+    check_same_type(weight_, x_, "weight");
+    STD_TORCH_CHECK(weight_.dim() == 2, "weight must be [out, in]");
+    const int64_t out = weight_.size(0), in = weight_.size(1);
+    STD_TORCH_CHECK(
+        logits_.dim() == 3 && logits_.size(1) == out && logits_.size(2) == in,
+        "logits must be [sets, out, in]");
+    const int64_t sets = logits_.size(0);
+    STD_TORCH_CHECK(x_.dim() >= 1 && x_.size(-1) == in, "x must be [..., in]");
+    if (bias_.has_value()) {
+      check_same_type(*bias_, x_, "bias");
+      STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == out, "bias must be [out]");
+    }
+    if (bias_logits_.has_value()) {
+      check_float32(*bias_logits_, "bias_logits");
+      STD_TORCH_CHECK(
+          bias_.has_value() && bias_logits_->dim() == 2 && bias_logits_->size(0) == sets &&
+              bias_logits_->size(1) == out,
+          "bias_logits must be [sets, out] and come with a bias");
+    }
+    problem.mask = mask_spec(
+        seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);
+    int64_t all_rows = 1;
+    for (int64_t d = 0; d + 1 < x_.dim(); ++d) {
+      all_rows *= x_.size(d);
+    }
+    const int64_t groups = sets * problem.mask.samples;
+    STD_TORCH_CHECK(
+        groups > 0 && all_rows % groups == 0,
+        "the rows of x do not divide into sets * samples groups");
+    problem.bias_tensor_id = bias_tensor_id;
+    problem.dtype = element_type(x_);
+    problem.rows = all_rows / groups;
+    problem.in = in;
+    problem.out = out;
+    problem.x = x.data();
+    problem.weight = weight.data();
+    problem.logits = logits.floats();
+    problem.bias = bias.data();
+    problem.bias_logits = bias_logits.floats();
+  }
+};
+
+Tensor masked_linear(
+    Tensor x,
+    Tensor weight,
+    Tensor logits,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> bias_logits,
+    std::optional<Tensor> seed,
+    int64_t tensor_id,
+    int64_t bias_tensor_id,
+    int64_t sample_offset,
+    int64_t element_offset,
+    int64_t samples,
+    double tau,
+    bool hard) {
+  const Arguments a(
+      x, weight, logits, bias, bias_logits, seed, tensor_id, bias_tensor_id, sample_offset,
+      element_offset, samples, tau, hard);
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    shape.push_back(x.size(d));
+  }
+  shape.push_back(a.problem.out);
+  Tensor y = torch::stable::new_empty(x, shape);
+  if (y.numel() > 0) {
+    active_kernels().linear_forward(a.problem, y.mutable_data_ptr(), torch_runner());
+  }
+  return y;
+}
+
+// An empty tensor stands for a gradient that was not asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
+    Tensor dy,
+    Tensor x,
+    Tensor weight,
+    Tensor logits,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> bias_logits,
+    std::optional<Tensor> seed,
+    int64_t tensor_id,
+    int64_t bias_tensor_id,
+    int64_t sample_offset,
+    int64_t element_offset,
+    int64_t samples,
+    double tau,
+    bool hard,
+    bool need_x,
+    bool need_weight,
+    bool need_logits,
+    bool need_bias,
+    bool need_bias_logits) {
+  const Arguments a(
+      x, weight, logits, bias, bias_logits, seed, tensor_id, bias_tensor_id, sample_offset,
+      element_offset, samples, tau, hard);
+  check_same_type(dy, x, "dy");
+  const Contiguous dy_data(dy);
+  const auto gradient = [](const Tensor& like, bool needed) {
+    return needed ? torch::stable::new_empty(like, like.sizes())
+                  : torch::stable::new_empty(like, {0});
+  };
+  Tensor dx = gradient(x, need_x);
+  Tensor dweight = gradient(weight, need_weight);
+  Tensor dlogits = gradient(logits, need_logits);
+  Tensor dbias = gradient(bias.value_or(weight), need_bias);
+  Tensor dbias_logits = gradient(bias_logits.value_or(logits), need_bias_logits);
+
+  if (a.problem.rows == 0 || a.problem.in == 0 || a.problem.out == 0) {
+    for (Tensor* t : {&dx, &dweight, &dlogits, &dbias, &dbias_logits}) {
+      torch::stable::zero_(*t);
+    }
+    if (a.problem.rows == 0 || a.problem.out == 0) {
+      return {dx, dweight, dlogits, dbias, dbias_logits};
+    }
+  }
+  const auto pointer = [](Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
+  LinearGradients d{};
+  d.dy = dy_data.data();
+  d.dx = pointer(dx);
+  d.dweight = pointer(dweight);
+  d.dlogits = static_cast<float*>(pointer(dlogits));
+  d.dbias = pointer(dbias);
+  d.dbias_logits = static_cast<float*>(pointer(dbias_logits));
+  active_kernels().linear_backward(a.problem, d, torch_runner());
+  return {dx, dweight, dlogits, dbias, dbias_logits};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
+  m.impl("masked_linear", TORCH_BOX(&masked_linear));
+  m.impl("masked_linear_backward", TORCH_BOX(&masked_linear_backward));
+}
+
+} // namespace modmask

@@ -1,0 +1,155 @@
+// Rows of noise, exp(-logit), masks and surrogate slopes, vectorised.
+
+namespace modmask::MODMASK_CAPABILITY {
+
+// Elements made by one step of the generator; row buffers are padded to it.
+constexpr int64_t kNoiseStep = 2 * kLanes;
+
+constexpr int64_t padded(int64_t n, int64_t multiple = kNoiseStep) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Round keys and the constant parts of the first two rounds: only the counter word e>>2 varies
+// within a stream, so one of the two products of each of these rounds is a constant.
+struct NoiseStream {
+  vq k0[kPhiloxRounds];
+  vq k1[kPhiloxRounds];
+  vq round1_c2; // k1 of round 1, before the high counter word is mixed in
+  vq round2_c0; // c1 ^ k0 of round 2
+  vq round2_c2; // high product ^ k1 of round 2
+  vq round3_c2; // c3 ^ k1 of round 3
+
+  NoiseStream(uint64_t key, uint32_t sample, uint32_t tensor_id) {
+    uint32_t a = static_cast<uint32_t>(key);
+    uint32_t b = static_cast<uint32_t>(key >> 32);
+    for (int r = 0; r < kPhiloxRounds; ++r) {
+      k0[r] = static_cast<uint64_t>(a) - vq{};
+      k1[r] = static_cast<uint64_t>(b) - vq{};
+      a += kPhiloxW0;
+      b += kPhiloxW1;
+    }
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * tensor_id;
+    const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ sample ^ static_cast<uint32_t>(k0[0][0]);
+    const uint32_t c1 = static_cast<uint32_t>(p1);
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
+    round1_c2 = k1[0];
+    round2_c0 = (k0[1][0] ^ c1) - vq{};
+    round2_c2 = (k1[1][0] ^ (p0 >> 32)) - vq{};
+    round3_c2 = (k1[2][0] ^ (p0 & 0xFFFFFFFFu)) - vq{};
+  }
+
+  // Words of the kNoiseStep elements from 4 * quad on. Words live in the low halves of 64-bit
+  // lanes; the products ignore what the high halves hold.
+  MODMASK_INLINE void step(const NoiseStream& s, vq quads, vu& first, vu& second) {
+    const vq m0 = static_cast<uint64_t>(kPhiloxM0) - vq{};
+    const vq m1 = static_cast<uint64_t>(kPhiloxM1) - vq{};
+    vq p0 = mul_low32(quads, m0);
+    vq c2 = (p0 >> 32) ^ (quads >> 32) ^ s.round1_c2;
+    vq c3 = p0;
+    vq p1 = mul_low32(c2, m1);
+    vq c0 = (p1 >> 32) ^ s.round2_c0;
+    vq c1 = p1;
+    c2 = c3 ^ s.round2_c2;
+    p0 = mul_low32(c0, m0);
+    p1 = mul_low32(c2, m1);
+    c0 = (p1 >> 32) ^ c1 ^ s.k0[2];
+    c1 = p1;
+    c2 = (p0 >> 32) ^ s.round3_c2;
+    c3 = p0;
+#pragma GCC unroll 4
+    for (int r = 3; r < kPhiloxRounds; ++r) {
+      p0 = mul_low32(c0, m0);
+      p1 = mul_low32(c2, m1);
+      c0 = (p1 >> 32) ^ c1 ^ s.k0[r];
+      c1 = p1;
+      c2 = (p0 >> 32) ^ c3 ^ s.k1[r];
+      c3 = p0;
+    }
+    const vq a = join_low32(c0, c1);
+    const vq b = join_low32(c2, c3);
+    first = zip_even(a, b);
+    second = zip_odd(a, b);
+  }
+
+  // Writes the words of elements element&~3 .. and returns where `element` itself lies in `out`,
+  // which must hold padded(n + 3) words.
+  const uint32_t* row(uint64_t element, int64_t n, uint32_t* out) const {
+    const int64_t skip = static_cast<int64_t>(element & 3);
+    vq quads;
+    for (int j = 0; j < kLanes / 2; ++j) {
+      quads[j] = (element >> 2) + static_cast<uint64_t>(j / 2 + (j & 1) * (kLanes / 4));
+    }
+    const vq advance = static_cast<uint64_t>(kLanes / 2) - vq{};
+    for (int64_t i = 0; i < n + skip; i += kNoiseStep) {
+      vu first, second;
+      step(*this, quads, first, second);
+      store(out + i, first);
+      store(out + i + kLanes, second);
+      quads += advance;
+    }
+    return out + skip;
+  }
+};
+
+// modmask::exp_minus on a vector, bit for bit.
+MODMASK_INLINE vf exp_minus(vf logit) {
+  const vf limit = splat(kExponentLimit);
+  vf t = logit * splat(kMinusLog2E);
+  t = maximum(minimum(t, limit), -limit);
+  const vf shifted = t + splat(kRoundToInteger);
+  const vf f = t - (shifted - splat(kRoundToInteger));
+  vf p = splat(kExp2[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i <= kExp2Degree; ++i) {
+    p = p * f + splat(kExp2[i]);
+  }
+  const vf scale = (vf)(((vu)shifted << 23) + 0x3F800000u);
+  return p * scale;
+}
+
+MODMASK_INLINE vf noise_value(vu word) {
+  return to_float((word >> 8) | 1u);
+}
+
+// log2 of positive, normal numbers; absolute error 1e-7.
+MODMASK_INLINE vf log2_positive(vf x) {
+  // mantissa in [sqrt(1/2), sqrt(2))
+  const vi bits = (vi)x - 0x3F3504F3;
+  const vi exponent = bits >> 23;
+  const vf m = (vf)((bits & 0x007FFFFF) + 0x3F3504F3);
+  const vf t = (m - 1.0f) / (m + 1.0f);
+  const vf t2 = t * t;
+  vf p = splat(2.0f / 11.0f);
+  p = fma(p, t2, splat(2.0f / 9.0f));
+  p = fma(p, t2, splat(2.0f / 7.0f));
+  p = fma(p, t2, splat(2.0f / 5.0f));
+  p = fma(p, t2, splat(2.0f / 3.0f));
+  p = fma(p, t2, splat(2.0f));
+  return fma(p * t, splat(1.44269504f), __builtin_convertvector(exponent, vf));
+}
+
+// s = sigmoid((logit + log((1-u)/u)) / tau) = 1 / (1 + (U e / (2^24 - U))^(1/tau)) and its
+// derivative s (1 - s) / tau with respect to the logit.
+struct Surrogate {
+  vf value;
+  vf slope;
+};
+
+template <bool kUnitTau>
+MODMASK_INLINE Surrogate surrogate(vf ue, vf rest, float inverse_tau) {
+  if constexpr (kUnitTau) {
+    const vf inverse = 1.0f / (ue + rest);
+    const vf s = rest * inverse;
+    return {s, s * (ue * inverse)};
+  } else {
+    vf t = (log2_positive(ue) - log2_positive(rest)) * inverse_tau;
+    // exp_minus clamps and takes natural units
+    const vf ratio = exp_minus(t * -0.693147181f);
+    const vf inverse = 1.0f / (1.0f + ratio);
+    return {inverse, inverse * (ratio * inverse) * inverse_tau};
+  }
+}
+
+enum class Mode { kHard, kSoft, kThreshold };
+
+} // namespace modmask::MODMASK_CAPABILITY

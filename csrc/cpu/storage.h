@@ -1,0 +1,227 @@
+// Element types, rows as float32, per-thread scratch and the distribution of tasks.
+
+namespace modmask::MODMASK_CAPABILITY {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+using vh = uint16_t __attribute__((vector_size(kLanes * 2)));
+
+inline float widen(float x) {
+  return x;
+}
+
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7FFFu;
+  uint32_t bits;
+  if (magnitude >= 0x7C00u) { // infinity, NaN
+    bits = 0x7F800000u | (magnitude & 0x3FFu) << 13;
+  } else if (magnitude >= 0x400u) {
+    bits = (magnitude << 13) + 0x38000000u;
+  } else { // zero, subnormal: a multiple of 2^-24
+    const float f = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    __builtin_memcpy(&bits, &f, sizeof bits);
+  }
+  bits |= sign;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline void narrow(float f, float& out) {
+  out = f;
+}
+
+// Round to nearest, ties to even.
+inline void narrow(float f, BFloat16& out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, sizeof bits);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) {
+    out.bits = 0x7FC0;
+    return;
+  }
+  out.bits = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void narrow(float f, Float16& out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) {
+    out.bits = sign | 0x7E00u;
+  } else if (magnitude >= 0x477FF000u) { // rounds to 65536 or more
+    out.bits = sign | 0x7C00u;
+  } else if (magnitude >= 0x38800000u) {
+    const uint32_t rounded = magnitude + 0xFFFu + ((magnitude >> 13) & 1u);
+    out.bits = static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+  } else { // subnormal: adding 1/2 rounds to a multiple of 2^-24
+    float g;
+    __builtin_memcpy(&g, &magnitude, sizeof g);
+    g += 0.5f;
+    uint32_t rounded;
+    __builtin_memcpy(&rounded, &g, sizeof rounded);
+    out.bits = static_cast<uint16_t>(sign | (rounded - 0x3F000000u));
+  }
+}
+
+MODMASK_INLINE vf load_wide(const float* p) {
+  return load(p);
+}
+
+MODMASK_INLINE vf load_wide(const BFloat16* p) {
+  vh half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+MODMASK_INLINE vf load_wide(const Float16* p) {
+#if MODMASK_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif MODMASK_LANES == 8 && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = widen(p[i]);
+  }
+  return v;
+#endif
+}
+
+// The first `count` of a vector, the rest 0.
+template <typename T>
+MODMASK_INLINE vf load_part(const T* p, int64_t count) {
+  if (count >= kLanes) {
+    return load_wide(p);
+  }
+  float part[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    part[i] = widen(p[i]);
+  }
+  return load(part);
+}
+
+MODMASK_INLINE void store_part(float* p, vf v, int64_t count) {
+  if (count >= kLanes) {
+    store(p, v);
+  } else {
+    float part[kLanes];
+    store(part, v);
+    for (int64_t i = 0; i < count; ++i) {
+      p[i] = part[i];
+    }
+  }
+}
+
+template <typename T>
+inline void narrow_row(const float* from, T* to, int64_t n) {
+  if constexpr (__is_same(T, float)) {
+    __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      narrow(from[i], to[i]);
+    }
+  }
+}
+
+template <typename T>
+inline void widen_row(const T* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store_part(to + i, load_part(from + i, n - i), n - i);
+  }
+}
+
+// Scratch of one thread, kept between calls so that small layers do not pay for page faults; what
+// is larger than kKeptBytes is given back.
+class Scratch {
+ public:
+  ~Scratch() {
+    std::free(data_);
+  }
+
+  void reserve(size_t bytes) {
+    used_ = 0;
+    if (bytes > capacity_ || capacity_ > kKeptBytes) {
+      std::free(data_);
+      capacity_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<char*>(std::aligned_alloc(4096, capacity_));
+      if (data_ == nullptr) {
+        capacity_ = 0;
+        std::abort();
+      }
+    }
+  }
+
+  // 64-byte aligned; `reserve` must have asked for the sum of `need(count)`.
+  float* floats(int64_t count) {
+    float* p = reinterpret_cast<float*>(data_ + used_);
+    used_ += need(count);
+    return p;
+  }
+
+  uint32_t* words(int64_t count) {
+    return reinterpret_cast<uint32_t*>(floats(count));
+  }
+
+  static size_t need(int64_t count) {
+    return (static_cast<size_t>(count) * 4 + 63) / 64 * 64;
+  }
+
+ private:
+  static constexpr size_t kKeptBytes = size_t{4} << 20;
+  char* data_ = nullptr;
+  size_t capacity_ = 0;
+  size_t used_ = 0;
+};
+
+// Runs `task(i)` for every i in [0, count), handed out one by one to as many threads as `cost`
+// (elementary vector operations in all) is worth. What a task computes does not depend on the
+// thread, so the result does not either.
+template <typename Task>
+void run_tasks(const Runner& runner, int64_t count, double cost, const Task& task) {
+  constexpr double kWorthAThread = 2e4; // about 5 us
+  int64_t threads = runner.threads;
+  threads = threads < count ? threads : count;
+  const int64_t worth = static_cast<int64_t>(cost / kWorthAThread) + 1;
+  threads = threads < worth ? threads : worth;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      task(i);
+    }
+    return;
+  }
+  struct Shared {
+    const Task& task;
+    int64_t count;
+    std::atomic<int64_t> next;
+  } shared{task, count, {0}};
+  runner.run(
+      static_cast<int>(threads),
+      [](void* context) {
+        Shared& s = *static_cast<Shared*>(context);
+        for (int64_t i = s.next++; i < s.count; i = s.next++) {
+          s.task(i);
+        }
+      },
+      &shared);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+} // namespace modmask::MODMASK_CAPABILITY
