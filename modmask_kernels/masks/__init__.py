@@ -1,11 +1,15 @@
 """Mask sets: conversion of models, algebra and files of masks, learning."""
 
 from .convert import mask_model, masked_layers, set_mode, unmask_model, use_set
+from .files import weight_hash
+from .mask_set import MaskSet
 
 __all__ = [
+    "MaskSet",
     "mask_model",
     "masked_layers",
     "set_mode",
     "unmask_model",
     "use_set",
+    "weight_hash",
 ]

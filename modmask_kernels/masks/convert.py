@@ -352,8 +352,3 @@ def set_mode(model: nn.Module, mode: Mode | None) -> _Switch:
     for layer in layers:
         layer.mode = mode
     return switch
-
-
-def logits_of_set(tensor: MaskedTensor, index: int) -> Tensor:
-    """The logits of one set, detached."""
-    return tensor.logits.detach()[index]

@@ -1,0 +1,76 @@
+"""Files that are whole or absent, and the fingerprint of frozen weights."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from .convert import find_masked_layers
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Replace the file at `path` by what `write` writes: entirely, durably, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself must survive a power cut too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _bytes_of(tensor: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
+    """The memory of a contiguous CPU tensor, not copied."""
+    size = tensor.numel() * tensor.element_size()
+    return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of all parameters except mask logits.
+
+    It is the same for a model before `mask_model`, after it, and after `unmask_model`.
+
+    Raises:
+        ValueError: if a parameter is on the meta device and so has no values.
+    """
+    logits = {
+        id(p)
+        for layer in find_masked_layers(model).values()
+        for p in (layer.weight_logits, layer.bias_logits)
+    }
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in logits:
+            continue
+        if parameter.is_meta:
+            raise ValueError(f"model: parameter {name!r} is on the meta device, it has no values")
+        digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
+        values = parameter.detach().to(torch.device("cpu")).contiguous()
+        digest.update(_bytes_of(values))
+    return digest.hexdigest()
