@@ -2,10 +2,13 @@
 
 from .convert import mask_model, masked_layers, set_mode, unmask_model, use_set
 from .files import weight_hash
+from .learn import LearnResult, learn_masks
 from .mask_set import MaskSet
 
 __all__ = [
+    "LearnResult",
     "MaskSet",
+    "learn_masks",
     "mask_model",
     "masked_layers",
     "set_mode",

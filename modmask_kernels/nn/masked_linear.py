@@ -147,9 +147,9 @@ class MaskedLinear(nn.Module):
         self.batch_dim = 0
         self._mode: Mode | None = None
         self._active: tuple[int, int] | None = None
-        # leaves over the logits of the active sets, put here by a learning loop so that no
-        # gradient of all sets is built when some are learned
-        self._views: tuple[Tensor, Tensor | None] | None = None
+        # leaves over the logits of the active sets and their seeds, put here by a learning loop
+        # so that no gradient of all sets is built when some are learned
+        self._views: tuple[Tensor, Tensor | None, Tensor] | None = None
 
         def logits_of(parameter: Tensor) -> nn.Parameter:
             shape = (len(self.set_names), *parameter.shape)
@@ -269,7 +269,7 @@ class MaskedLinear(nn.Module):
     def _logits(self) -> tuple[Tensor, Tensor | None]:
         """The logits of the active sets."""
         if self._views is not None:
-            return self._views
+            return self._views[:2]
         logits, bias_logits = self.weight_logits, self.bias_logits
         if self._active is not None and self._active[1] != logits.shape[0]:
             rows = slice(self._active[0], sum(self._active))
@@ -278,6 +278,8 @@ class MaskedLinear(nn.Module):
 
     def _seed(self, sets: int) -> Tensor:
         """One seed for each of the `sets` active sets."""
+        if self._views is not None:
+            return self._views[2]
         if self.seed is None:
             low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
             return torch.randint(low, high, (sets,), device=self.weight_logits.device)
