@@ -1,0 +1,125 @@
+"""What the fused kernels are compared with: naive masking, its compiled form, NeuroSurgeon."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-10  # guards the logarithms against a uniform that is exactly 0
+
+
+class NotAvailable(RuntimeError):
+    """A baseline that cannot run here; the message says why."""
+
+
+def gumbel_sigmoid(logits: Tensor, samples: int = 1, tau: float = 1.0) -> Tensor:
+    """Hard straight-through samples from two uniforms per weight (Csordás et al. 2021, section 2).
+
+    Args:
+        logits: floating tensor of any shape.
+        samples: number of masks; 1 drops the sample dimension.
+        tau: temperature.
+
+    Returns:
+        0/1 values of shape `logits.shape`, or `[samples, *logits.shape]` for more than one.
+
+    Equivalent to: `F.gumbel_softmax` over the two logits (l, 0) with `hard=True`, first column.
+    """
+    shape = tuple(logits.shape) if samples == 1 else (samples, *logits.shape)
+    uniform = torch.rand((2, *shape), dtype=logits.dtype, device=logits.device)
+    noise = -torch.log(
+        torch.log(uniform[1] + EPSILON) / torch.log(uniform[0] + EPSILON) + EPSILON
+    )
+    soft = torch.sigmoid((logits + noise) / tau)
+    hard = (soft > 0.5).to(soft.dtype)
+    return (hard - soft).detach() + soft
+
+
+def naive_masked_linear(
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, samples: int
+) -> Tensor:
+    """Masked linear layer as it is usually written: every mask and masked weight is a tensor.
+
+    Args:
+        x: `[batch, in]`; part k of `samples` equal parts of the batch meets mask k.
+        weight: `[out, in]`.
+        logits: `[out, in]`.
+        bias: `[out]` or None, not masked.
+        samples: number of masks; must divide the batch.
+
+    Returns:
+        `[batch, out]`.
+    """
+    masked = weight * gumbel_sigmoid(logits, samples)
+    if samples == 1:
+        return F.linear(x, masked, bias)
+    y = torch.bmm(x.view(samples, -1, x.shape[-1]), masked.transpose(1, 2))
+    if bias is not None:
+        y = y + bias
+    return y.view(x.shape[0], -1)
+
+
+def compiled_naive_masked_linear() -> Callable[..., Tensor]:
+    """`naive_masked_linear` under `torch.compile`, specialised to the shapes it is called with."""
+    torch._dynamo.reset()
+    return torch.compile(naive_masked_linear, fullgraph=True, dynamic=False)
+
+
+class NaiveMaskedLinear(nn.Module):
+    """An `nn.Linear` with frozen weight and bias under `naive_masked_linear`.
+
+    Args:
+        linear: the layer to mask; its parameters are shared.
+        samples: number of masks per batch.
+        init: first value of every logit.
+    """
+
+    def __init__(self, linear: nn.Linear, samples: int, init: float = 2.0) -> None:
+        super().__init__()
+        self.weight, self.bias, self.samples = linear.weight, linear.bias, samples
+        self.weight_logits = nn.Parameter(torch.full_like(linear.weight, init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return naive_masked_linear(x, self.weight, self.weight_logits, self.bias, self.samples)
+
+
+def naive_masked_model(model: nn.Module, samples: int) -> nn.Module:
+    """A frozen copy of `model` in which each `nn.Linear` is a `NaiveMaskedLinear`."""
+    masked = copy.deepcopy(model)
+    for parameter in masked.parameters():
+        parameter.requires_grad_(False)
+    for module in list(masked.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, NaiveMaskedLinear(child, samples))
+    return masked
+
+
+def neurosurgeon_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The hard-concrete linear layer of the package NeuroSurgeon on given frozen parameters.
+
+    Its masks are soft while training, come from another distribution and one per batch, so it
+    can stand beside `samples=1` only.
+
+    Raises:
+        NotAvailable: the package cannot be imported.
+    """
+    try:
+        module: Any = importlib.import_module("NeuroSurgeon.Masking.hardconcrete_layer")
+    except ImportError as error:
+        raise NotAvailable(
+            f"NeuroSurgeon does not import ({error}); `pip install neurosurgeon` adds it"
+        ) from error
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    layer: nn.Module = module.HardConcreteLinear.from_layer(linear, mask_init_percentage=0.88)
+    layer.train(True)
+    return layer

@@ -1,0 +1,189 @@
+"""The gate in front of every measurement: what is wrong is not timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.masked_linear import reference as linear_reference
+from ..ops.sample_mask import reference as mask_reference
+
+
+class GateError(RuntimeError):
+    """A candidate that computes something else than it should; the message says what."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one masked linear layer and the gradient that comes from above.
+
+    Attributes:
+        x: `[batch, in]`. weight: `[out, in]`. bias: `[out]`. logits: `[out, in]` float32.
+        grad: `[batch, out]`. samples: masks per batch.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    logits: Tensor
+    grad: Tensor
+    samples: int
+
+    @staticmethod
+    def random(
+        out_features: int, in_features: int, batch: int, samples: int, *, seed: int = 0
+    ) -> Problem:
+        """Standard normal activations, weights of a freshly made layer, logits around 2."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        return Problem(
+            x=normal(batch, in_features),
+            weight=normal(out_features, in_features) / math.sqrt(in_features),
+            bias=normal(out_features),
+            logits=2.0 + normal(out_features, in_features),
+            grad=normal(batch, out_features),
+            samples=samples,
+        )
+
+
+def _outputs(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, logits: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
+    """Output and gradients of `function(x, logits)`."""
+    x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
+    y = function(x, logits)
+    grad_x, grad_logits = torch.autograd.grad(y, (x, logits), grad)
+    return {"y": y.detach(), "grad_x": grad_x, "grad_logits": grad_logits}
+
+
+def check_masked_linear(
+    function: Callable[..., Tensor], problem: Problem, *, seed: int = 7
+) -> dict[str, float]:
+    """Compares a fused `masked_linear` with the reference in float64.
+
+    The error of each result must be at most twice that of the reference in float32, plus one unit
+    in the last place of the largest entry.
+
+    Args:
+        function: called as `ops.masked_linear` is.
+        problem: the inputs.
+        seed: seed of the noise.
+
+    Returns:
+        name of the result to its error over the allowed one.
+
+    Raises:
+        GateError: an error is larger than allowed, or not a number.
+    """
+    key = torch.tensor(seed)
+
+    def reference(x: Tensor, logits: Tensor) -> Tensor:
+        return linear_reference.masked_linear(
+            x,
+            problem.weight.to(x.dtype),
+            logits,
+            problem.bias.to(x.dtype),
+            seed=key,
+            samples=problem.samples,
+        )
+
+    def fused(x: Tensor, logits: Tensor) -> Tensor:
+        return function(x, problem.weight, logits, problem.bias, seed=key, samples=problem.samples)
+
+    inputs = (problem.x, problem.logits, problem.grad)
+    exact = _outputs(reference, *(tensor.double() for tensor in inputs))
+    plain = _outputs(reference, *inputs)
+    ours = _outputs(fused, *inputs)
+    shares = {}
+    for name, oracle in exact.items():
+        largest = float(oracle.abs().max())
+        allowed = 2.0 * float((plain[name] - oracle).abs().max())
+        allowed += torch.finfo(torch.float32).eps * largest
+        error = float((ours[name] - oracle).abs().max())
+        # written so that an error that is not a number fails
+        if not error <= allowed:
+            raise GateError(
+                f"masked_linear, {name}: error {error:.3g}, allowed {allowed:.3g} "
+                f"(largest entry {largest:.3g})"
+            )
+        shares[name] = error / allowed if allowed else 0.0
+    return shares
+
+
+def check_packed_masks(
+    function: Callable[..., Tensor], logits: Tensor, samples: int, *, seed: int = 7
+) -> None:
+    """Compares the bits of a `sample_mask_packed` with the reference: none may differ.
+
+    Raises:
+        GateError: with the number of differing bits.
+    """
+    key = torch.tensor(seed)
+    bits = function(logits, seed=key, samples=samples)
+    shifts = torch.arange(8, dtype=torch.uint8)
+    values = ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : logits.numel()].bool()
+    expected = mask_reference.sample_mask(logits, seed=key, samples=samples).bool()
+    differing = int((values != expected.flatten(1)).sum())
+    if differing:
+        raise GateError(f"sample_mask_packed: {differing} of {expected.numel()} bits differ")
+
+
+def check_distribution(
+    function: Callable[[Tensor, Tensor], Tensor], problem: Problem, *, name: str
+) -> None:
+    """Checks a masked layer that draws its own noise.
+
+    With keep probability p = sigmoid(logit), an output has mean sum x w p and variance
+    sum x^2 w^2 p (1-p). Outputs of different units and samples are independent, which bounds the
+    mean of the standardised outputs and of their squares. The gradient of a logit is
+    sum_k w dL/dw'_k s(1-s), at most sum_k |w dL/dw'_k| / 4.
+
+    Raises:
+        GateError: an output or a gradient that cannot come from these masks.
+    """
+    got = _outputs(function, problem.x, problem.logits, problem.grad)
+    for result, values in got.items():
+        if not bool(torch.isfinite(values).all()):
+            raise GateError(f"{name}, {result}: not finite")
+    keep = torch.sigmoid(problem.logits)
+    mean = problem.x @ (problem.weight * keep).t() + problem.bias
+    variance = problem.x.square() @ (problem.weight.square() * keep * (1 - keep)).t()
+    if got["y"].shape != mean.shape:
+        raise GateError(f"{name}: output of shape {tuple(got['y'].shape)}, not {tuple(mean.shape)}")
+    z = (got["y"] - mean) / variance.sqrt()
+    independent = problem.weight.shape[0] * problem.samples
+    for what, value, bound in (
+        ("mean", float(z.mean()), 6.0 / math.sqrt(independent)),
+        ("mean square - 1", float(z.square().mean()) - 1.0, 6.0 * math.sqrt(2.0 / independent)),
+    ):
+        if abs(value) > bound:
+            raise GateError(f"{name}: {what} of the standardised outputs {value:.3g} > {bound:.3g}")
+    most = torch.zeros_like(problem.weight)
+    parts = zip(
+        problem.grad.chunk(problem.samples), problem.x.chunk(problem.samples), strict=True
+    )
+    for grad, x in parts:
+        most += (problem.weight * (grad.t() @ x)).abs() / 4.0
+    excess = float((got["grad_logits"].abs() - most).max())
+    if excess > 1e-5 * float(most.max()):
+        raise GateError(f"{name}: a gradient of a logit is {excess:.3g} larger than it can be")
+    if not bool(got["grad_logits"].any()):
+        raise GateError(f"{name}: all gradients of the logits are 0")
+
+
+def check_finite(results: Mapping[str, Tensor | None], *, name: str) -> None:
+    """For a baseline with masks of another kind: every result is there, finite and not all 0.
+
+    Raises:
+        GateError: otherwise.
+    """
+    for result, values in results.items():
+        if values is None or not bool(torch.isfinite(values).all()) or not bool(values.any()):
+            raise GateError(f"{name}, {result}: absent, not finite, or all 0")
