@@ -3,6 +3,7 @@
 from .confusion import OUTCOMES, confusion_counts, confusion_percent
 from .logits import histogram, undecided
 from .mask_tests import (
+    ExcludeIO,
     HalfMaskResult,
     InverseMaskResult,
     early_half,
@@ -14,6 +15,8 @@ from .mask_tests import (
 from .measures import (
     chance_io_min,
     chance_iou,
+    chance_overall_io_min,
+    chance_stability,
     chance_total_shared,
     density,
     io_min,
@@ -33,11 +36,14 @@ from .statistics import Statistic, mean_std, summarise
 
 __all__ = [
     "OUTCOMES",
+    "ExcludeIO",
     "HalfMaskResult",
     "InverseMaskResult",
     "Statistic",
     "chance_io_min",
     "chance_iou",
+    "chance_overall_io_min",
+    "chance_stability",
     "chance_total_shared",
     "confusion_counts",
     "confusion_percent",

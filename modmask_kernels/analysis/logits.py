@@ -18,7 +18,7 @@ def histogram(logits: Logits, bins: int = 500) -> Tensor:
     """Histogram of the keep probabilities sigmoid(logit) on [0, 1].
 
     Args:
-        logits: a floating point tensor, or a mapping from name to tensors that are counted together.
+        logits: a floating point tensor, or a mapping from name to tensors, counted together.
         bins: number of equal bins; the last one includes 1.
 
     Returns:

@@ -26,8 +26,8 @@ def inverse_mask(
     Args:
         masks: bool tensors by parameter name.
         exclude_io: what the tensors named in `io` get: "none" the complement as all others,
-            "fullmask" the control's mask, "ones" no mask. Where two functions have inputs of their own,
-            inverting the first layer breaks a function trivially; these variants ask for the rest.
+            "fullmask" the control's mask, "ones" no mask. Where functions have inputs of their
+            own, inverting the first layer breaks one trivially; these variants ask for the rest.
         io: names of the input and output tensors.
         control: mask of the whole task, needed for "fullmask".
 
@@ -56,9 +56,9 @@ def inverse_mask(
 def early_half(names: Sequence[str], early: int | None = None) -> list[str]:
     """Names of the early half of L tensors in network order: the first ceil(L / 2).
 
-    That is the study's choice for the addition / multiplication networks, layers 0-2 of 5, carried over
-    to other depths (0-1 of 4, 0-1 of 3). Other published halves: `early` = 2 of 5 for the double
-    addition.
+    That is the study's choice for the addition / multiplication networks, layers 0-2 of 5,
+    carried over to other depths (0-1 of 4, 0-1 of 3). For the double addition it took `early` = 2
+    of 5.
 
     Raises:
         ValueError: `early` leaves one half empty although there are two tensors or more.
@@ -108,7 +108,9 @@ class HalfMaskResult(NamedTuple):
     late_drop: dict[str, float]
 
 
-def _evaluate(model: nn.Module, masks: Mapping[str, Tensor], evaluate: Evaluate) -> dict[str, float]:
+def _evaluate(
+    model: nn.Module, masks: Mapping[str, Tensor], evaluate: Evaluate
+) -> dict[str, float]:
     return dict(evaluate(MaskSet.from_dict(masks).bake(model)))
 
 
@@ -123,9 +125,9 @@ def inverse_mask_test(
 ) -> InverseMaskResult:
     """Evaluate a network with a mask and with its complement.
 
-    If the mask holds the module of a function, its complement cannot compute that function; what the
-    complement does to other functions tells whether they use the same weights. A weak drop does not
-    prove the mask wrong: a wide network may hold a second copy.
+    If the mask holds the module of a function, its complement cannot compute that function; what
+    the complement does to other functions tells whether they use the same weights. A weak drop
+    does not prove the mask wrong: a wide network may hold a second copy.
 
     Args:
         model: the network, dense or masked. It is not changed.
@@ -134,9 +136,7 @@ def inverse_mask_test(
         exclude_io, io, control: see `inverse_mask`.
     """
     inverse = inverse_mask(masks, exclude_io=exclude_io, io=io, control=control)
-    return InverseMaskResult(
-        _evaluate(model, masks, evaluate), _evaluate(model, inverse, evaluate)
-    )
+    return InverseMaskResult(_evaluate(model, masks, evaluate), _evaluate(model, inverse, evaluate))
 
 
 def half_mask_test(
@@ -148,13 +148,13 @@ def half_mask_test(
 ) -> HalfMaskResult:
     """Evaluate a network with its mask on the early half of the tensors only, and on the late half.
 
-    The drop against the whole mask asks whether masked layers still speak the language of the unmasked
-    ones.
+    The drop against the whole mask asks whether masked layers still speak the language of the
+    unmasked ones.
 
     Args:
         model: the network, dense or masked. It is not changed.
-        masks: bool tensors by parameter name, usually those of the control mask. Their order is that of
-            the network's parameters, whatever that of the mapping.
+        masks: bool tensors by parameter name, usually those of the control mask. Their order is
+            that of the network's parameters, whatever that of the mapping.
         evaluate: called with a plain copy of the network; returns named numbers.
         early: how many tensors are early (default: the first half, rounded up).
     """

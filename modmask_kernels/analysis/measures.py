@@ -71,7 +71,7 @@ def iou(a: Tensor, b: Tensor) -> float:
 
 
 def io_min(a: Tensor, b: Tensor) -> float:
-    """Intersection over the smaller mask; 1 if one is a subset of the other, so also if one is empty.
+    """Intersection over the smaller mask; 1 if one is a subset of the other, or empty.
 
     Raises:
         TypeError: a mask is not bool.
@@ -122,15 +122,15 @@ def shared(mask: Tensor, others: Sequence[Tensor]) -> float:
 
 
 def transfer_sharing(mask: Tensor, earlier: Sequence[Tensor]) -> float:
-    """Fraction of a task's mask that earlier tasks used already: `shared` with the earlier masks."""
+    """Fraction of a task's mask that earlier tasks used already: `shared` with their masks."""
     return shared(mask, earlier)
 
 
 def total_shared(masks: Masks, others: Sequence[Masks]) -> float:
     """Fraction of all weights of a mask, over all tensors, that another mask keeps too.
 
-    This is the "total shared %" of the study (as a fraction): the denominator is the mask's own count.
-    0 for an empty mask.
+    This is the "total shared %" of the study (as a fraction): the denominator is the mask's own
+    count. 0 for an empty mask.
     """
     kept = both = 0
     for name in _names([masks, *others]):
@@ -210,6 +210,36 @@ def stability(a: Masks, b: Masks, exclude: Iterable[str] = ()) -> float:
         both += _count(a[name] & b[name])
         union += _count(a[name] | b[name])
     return both / union if union else 1.0
+
+
+def chance_stability(a: Masks, b: Masks, exclude: Iterable[str] = ()) -> float:
+    """Expected `stability` of two independent masks with the kept fractions of `a` and `b`.
+
+    Expected counts are summed over the tensors and divided; for one tensor it is `chance_iou`.
+    """
+    union = both = 0.0
+    for name in _names([a, b], exclude):
+        _check(a[name], b[name])
+        p, q, size = density(a[name]), density(b[name]), a[name].numel()
+        both += size * p * q
+        union += size * (p + q - p * q)
+    return both / union if union else 1.0
+
+
+def chance_overall_io_min(a: Masks, b: Masks, exclude: Iterable[str] = ()) -> float:
+    """Expected `overall_io_min` of two independent masks with the kept fractions of `a` and `b`.
+
+    Expected counts are summed over the tensors and divided; for one tensor it is `chance_io_min`.
+    """
+    kept_a = kept_b = both = 0.0
+    for name in _names([a, b], exclude):
+        _check(a[name], b[name])
+        p, q, size = density(a[name]), density(b[name]), a[name].numel()
+        both += size * p * q
+        kept_a += size * p
+        kept_b += size * q
+    smaller = min(kept_a, kept_b)
+    return both / smaller if smaller else 1.0
 
 
 def overall_io_min(a: Masks, b: Masks, exclude: Iterable[str] = ()) -> float:

@@ -35,12 +35,12 @@ def summarise(results: Sequence[Any]) -> Any:
     """`mean_std` of every number in results of one structure.
 
     Args:
-        results: one result per run: a number, or a mapping or list of results. All have the same keys
-            and lengths.
+        results: one result per run: a number, or a mapping or list of results. All have the same
+            keys and lengths.
 
     Returns:
-        The same structure with a dict {"mean", "std", "values"} in place of every number. Values that
-        are no numbers (text, None, bool) are kept if all runs agree and become None otherwise.
+        The same structure with a dict {"mean", "std", "values"} in place of every number. Values
+        that are no numbers (text, None, bool) are kept if all runs agree and become None otherwise.
 
     Raises:
         ValueError: the structures differ.

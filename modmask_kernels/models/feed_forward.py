@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -45,11 +46,14 @@ class FeedForward(nn.Module):
         super().__init__()
         sizes = (in_features, *hidden, out_features)
         if min(sizes) < 1:
-            raise ValueError(f"in_features, hidden and out_features must be at least 1, got {sizes}")
+            raise ValueError(
+                f"in_features, hidden and out_features must be at least 1, got {sizes}"
+            )
+        # on the meta device first, since these initial values are drawn from `generator`
         self.layers = nn.ModuleList(
-            nn.utils.skip_init(nn.Linear, i, o, device=device or "cpu", dtype=dtype)
-            for i, o in zip(sizes, sizes[1:], strict=False)
+            nn.Linear(i, o, device="meta", dtype=dtype) for i, o in itertools.pairwise(sizes)
         )
+        self.to_empty(device=device or "cpu")
         self.reset_parameters(generator)
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ def digit_loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class AddMul:
-    """Rows of the task: two arguments and the requested operation, and the result modulo 10**n_digits.
+    """Rows of the task: two arguments and an operation in, the result modulo 10**n_digits out.
 
     An input row is one-hot: the digits of the first argument, units first, the digits of the
     second, and the operation; with two digits 2 * 2 * 10 + 2 = 42 values. The operation is always
@@ -93,8 +93,8 @@ class AddMul:
         self.operations = tuple(operations)
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.modulus = 10**n_digits
-        self.pairs = self.modulus**2
+        self.modulus: int = 10**n_digits
+        self.pairs: int = self.modulus**2
         self.in_features = 2 * n_digits * 10 + len(OPERATIONS)
         self.out_features = n_digits * 10
         self._codes = torch.tensor(
@@ -109,7 +109,7 @@ class AddMul:
         return len(self.operations) * self.pairs
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A batch: inputs float32 [batch_size, in_features], targets int64 [batch_size, n_digits]."""
+        """A batch: inputs float32 [batch, in_features] and targets int64 [batch, n_digits]."""
         index = torch.randint(
             len(self), (self.batch_size,), generator=generator, device=generator.device
         ).to(self.device)
@@ -130,10 +130,10 @@ class AddMul:
 
     def results(self, first: Tensor, second: Tensor) -> Tensor:
         """Results of every operation of `OPERATIONS`, in its order: int64 [2, *first.shape]."""
-        return torch.stack((first + second, first * second)) % self.modulus
+        return torch.stack((first + second, first * second)).remainder(self.modulus)
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs float32 [n, in_features] and targets int64 [n, n_digits] of the rows `index` [n]."""
+        """Rows `index` [n]: inputs float32 [n, in_features] and targets int64 [n, n_digits]."""
         first, second, operation = self.arguments(index)
         digits = encode_digits(torch.stack((first, second), dim=-1), self.n_digits).flatten(-2)
         # column of the one in each block of ten, and in the block of the operation behind them

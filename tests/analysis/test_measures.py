@@ -123,6 +123,27 @@ def test_chance_total_shared_weights_tensors_by_the_mask():
     assert analysis.chance_total_shared(one, two) == (3 * 0.25 + 1 * 1.0) / 4
 
 
+def test_chance_stability():
+    one, two = {"u": A, "v": bits("11")}, {"u": B, "v": bits("00")}
+    p, q = 3 / 6, 4 / 6
+    expected = 6 * p * q / (6 * (p + q - p * q) + 2)
+    assert analysis.chance_stability(one, two) == pytest.approx(expected)
+    assert analysis.chance_stability(one, two, exclude=["v"]) == pytest.approx(
+        analysis.chance_iou(p, q)
+    )
+    assert analysis.chance_stability({"u": NONE}, {"u": NONE}) == 1.0
+
+
+def test_chance_overall_io_min():
+    one, two = {"u": A, "v": bits("11")}, {"u": B, "v": bits("10")}
+    both = 6 * (3 / 6) * (4 / 6) + 2 * 1.0 * 0.5
+    assert analysis.chance_overall_io_min(one, two) == pytest.approx(both / 5)
+    assert analysis.chance_overall_io_min(one, two, exclude=["v"]) == pytest.approx(
+        analysis.chance_io_min(3 / 6, 4 / 6)
+    )
+    assert analysis.chance_overall_io_min({"u": NONE}, {"u": A}) == 1.0
+
+
 def test_errors_name_the_argument():
     with pytest.raises(TypeError, match="a must be a bool tensor"):
         analysis.iou(A.float(), B)

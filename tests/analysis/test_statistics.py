@@ -15,7 +15,8 @@ def test_confusion_by_hand():
     requested = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     predictions = torch.tensor([4, 4, 3, 0, 4, 4, 3])
     counts = analysis.confusion_counts(predictions, results, requested)
-    # rows: the sum, the product, neither; columns: add asked, mul asked. 2 and 2 count in both rows.
+    # rows: the sum, the product, neither; columns: add asked, mul asked. 2 and 2 count in both
+    # rows.
     assert counts.tolist() == [[2, 2], [2, 2], [1, 0]]
     percent = analysis.confusion_percent(counts)
     assert percent.shape == (2, 3)
@@ -62,7 +63,7 @@ def test_mean_and_sample_standard_deviation():
     assert result.mean == statistics.mean(values)
     assert result.std == pytest.approx(statistics.stdev(values), rel=1e-15)
     assert analysis.mean_std([3]) == (3.0, None, [3.0])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least one"):
         analysis.mean_std([])
 
 
@@ -79,6 +80,6 @@ def test_summarise_keeps_the_structure():
         analysis.summarise([{"a": 1}, {"b": 1}])
     with pytest.raises(ValueError, match="lengths"):
         analysis.summarise([[1], [1, 2]])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least one"):
         analysis.summarise([])
     assert analysis.summarise([{"a": "x"}, {"a": "y"}]) == {"a": None}

@@ -23,9 +23,7 @@ def test_published_sizes(hidden, weights):
 
 def test_equivalent_to_a_sequential():
     model = FeedForward(5, (7, 6), 3)
-    plain = nn.Sequential(
-        model.layers[0], nn.ReLU(), model.layers[1], nn.ReLU(), model.layers[2]
-    )
+    plain = nn.Sequential(model.layers[0], nn.ReLU(), model.layers[1], nn.ReLU(), model.layers[2])
     x = torch.randn(2, 4, 5)
     assert torch.equal(model(x), plain(x))
 

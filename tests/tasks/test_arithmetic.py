@@ -50,7 +50,8 @@ def test_batches_hold_only_the_named_operations(n_digits, operations):
     seen = set()
     for step in range(4):
         inputs, targets = sources[operations](step, generator)
-        assert inputs.dtype == torch.float32 and targets.dtype == torch.int64
+        assert inputs.dtype == torch.float32
+        assert targets.dtype == torch.int64
         first, second, asked = decode_inputs(inputs, n_digits)
         seen |= set(asked)
         for a, b, op, result in zip(
@@ -63,7 +64,8 @@ def test_batches_hold_only_the_named_operations(n_digits, operations):
 def test_batches_depend_on_the_generator_only():
     task = AddMul(2)
     draw = [task(step, torch.Generator().manual_seed(5)) for step in (0, 9)]
-    assert torch.equal(draw[0][0], draw[1][0]) and torch.equal(draw[0][1], draw[1][1])
+    assert torch.equal(draw[0][0], draw[1][0])
+    assert torch.equal(draw[0][1], draw[1][1])
     other = task(0, torch.Generator().manual_seed(6))
     assert not torch.equal(draw[0][0], other[0])
 
@@ -82,7 +84,8 @@ def test_table_and_encoding_agree():
     table = task(0, torch.Generator().manual_seed(1))
     task._table = None
     encoded = task(0, torch.Generator().manual_seed(1))
-    assert torch.equal(table[0], encoded[0]) and torch.equal(table[1], encoded[1])
+    assert torch.equal(table[0], encoded[0])
+    assert torch.equal(table[1], encoded[1])
 
 
 def test_predictions_and_results():

@@ -1,0 +1,268 @@
+"""The command line: `modmask list | run | test | report | bench | info`.
+
+Standard library only, so that `modmask info` works wherever the package can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .experiments import Run
+
+_PRESETS = (
+    "presets: paper = the published settings, quick = the effect in minutes on two cores, smoke = "
+    "at most 15 seconds, only checks that everything runs"
+)
+# errors whose message is meant for the person at the terminal
+_SPOKEN = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    ModuleNotFoundError,
+    FloatingPointError,
+)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.lstrip("-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modmask",
+        description="Learned weight masks on frozen networks: run the published studies on this "
+        "machine, test and report them.",
+        epilog="Start with: modmask run addmul-fnn --preset quick --out runs/demo",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    commands.add_parser("list", help="the experiments and their presets")
+    _add_run(commands)
+    _add_test(commands)
+
+    report = commands.add_parser(
+        "report",
+        help="rebuild the report of a finished run",
+        description="Rebuild metrics.json, the figures and report.html of a finished run.",
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help="results folder")
+    report.add_argument(
+        "--summary",
+        type=Path,
+        metavar="DIR",
+        help="also write a small summary for documentation: README.md, metrics.json, key figures",
+    )
+
+    for name, text in (
+        ("bench", "time the operations against plain and naive masking"),
+        ("info", "versions, processor, and which backends are there"),
+    ):
+        # both parse their own arguments, help included
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="run an experiment, or continue one",
+        description="Run an experiment and write its results folder: settings, weights, masks, "
+        "metrics, figures and one HTML page. A run that was interrupted, even killed, continues "
+        "with --resume and ends with the same bits.",
+        epilog=_PRESETS + ". `modmask run EXPERIMENT --help` lists every setting.",
+    )
+    run.add_argument(
+        "--resume", type=Path, metavar="RUN", help="continue the run in this results folder"
+    )
+    run.add_argument(
+        "--seeds",
+        type=_positive,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="with --resume: run N seeds in all",
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+    from .experiments import EXPERIMENTS
+
+    names = run.add_subparsers(dest="experiment", metavar="EXPERIMENT")
+    for experiment in EXPERIMENTS.values():
+        parser = names.add_parser(
+            experiment.name,
+            help=experiment.summary,
+            description=f"{experiment.title}: {experiment.summary}",
+            epilog=_PRESETS + ".",
+        )
+        parser.add_argument(
+            "--preset",
+            choices=list(experiment.presets),
+            default="quick",
+            help="the settings to start from [quick]",
+        )
+        parser.add_argument(
+            "--seeds", type=_positive, default=1, metavar="N", help="number of seeds [1]"
+        )
+        parser.add_argument(
+            "--first-seed", type=int, default=0, metavar="K", help="the first of them [0]"
+        )
+        parser.add_argument(
+            "--out",
+            type=Path,
+            metavar="DIR",
+            help=f"results folder [runs/{experiment.name}-PRESET]",
+        )
+        parser.add_argument(
+            "--threads", type=_positive, metavar="N", help="threads to compute with [all cores]"
+        )
+        # not to overwrite a --quiet before the experiment's name
+        parser.add_argument(
+            "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars"
+        )
+        settings = parser.add_argument_group(
+            "settings", "each overrides the preset; its values are in square brackets"
+        )
+        experiment.settings_type.add_arguments(settings, experiment.presets)
+
+
+def _add_test(commands: Any) -> None:
+    test = commands.add_parser(
+        "test",
+        help="test the masks of a finished run",
+        description="Test the masks of a finished run.",
+    )
+    names = test.add_subparsers(dest="test", metavar="NAME", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = names.add_parser(name, help=text, description=text)
+        parser.add_argument("run", type=Path, metavar="RUN", help="results folder")
+        return parser
+
+    inverse = add("inverse", "accuracy with every mask and without the weights that it keeps")
+    inverse.add_argument(
+        "--exclude-io",
+        choices=("none", "fullmask", "ones"),
+        default="none",
+        help="what the first and the last layer get instead of the inverse: the control's mask "
+        "(fullmask) or no mask (ones) [none]",
+    )
+    half = add("half-mask", "accuracy with the control mask on a half of the layers")
+    half.add_argument(
+        "--early",
+        type=_positive,
+        metavar="N",
+        help="how many layers count as early [half, rounded up]",
+    )
+    histogram = add("histogram", "how decided the masks are: histogram of the keep probabilities")
+    histogram.add_argument(
+        "--bins", type=_positive, default=10, metavar="N", help="number of bins [10]"
+    )
+    add("stability", "learn every mask again with other data order and noise, and compare")
+
+
+def _list() -> None:
+    from .experiments import EXPERIMENTS
+
+    for experiment in EXPERIMENTS.values():
+        print(f"{experiment.name}\n  {experiment.title}: {experiment.summary}")
+        print(f"  presets: {', '.join(experiment.presets)}; tests: {', '.join(experiment.tests)}")
+    print(f"\n{_PRESETS}.")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from . import report
+    from .experiments import Run, get
+    from .experiments.run import say
+
+    report.require()
+    if arguments.resume is not None:
+        if arguments.experiment is not None:
+            raise ValueError("--resume takes no experiment: the run knows its own settings")
+        run = Run.open(arguments.resume)
+        if "seeds" in arguments and arguments.seeds > len(run.seeds):
+            first = run.seeds[0]
+            run.extend(list(range(first, first + arguments.seeds)))
+    elif arguments.experiment is None:
+        raise ValueError("name an experiment (see `modmask list`) or a run with --resume")
+    else:
+        experiment = get(arguments.experiment)
+        overrides = experiment.settings_type.overrides(arguments)
+        settings = experiment.presets[arguments.preset].replace(**overrides)
+        path = arguments.out or Path("runs") / f"{experiment.name}-{arguments.preset}"
+        seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
+        run = Run.create(path, experiment, arguments.preset, settings, seeds, arguments.threads)
+    say(
+        f"{run.experiment.name}, preset {run.preset}, {len(run.seeds)} "
+        f"seed{'s' if len(run.seeds) > 1 else ''}, {run.threads} "
+        f"thread{'s' if run.threads > 1 else ''}: {run.path}"
+    )
+    try:
+        run.execute(progress=not arguments.quiet)
+    except KeyboardInterrupt:
+        say(f"\nstopped; continue with: modmask run --resume {run.path}")
+        raise
+    print(run.write_report())
+
+
+def _test(arguments: argparse.Namespace) -> None:
+    run = _open(arguments.run)
+    options = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("command", "test", "run")
+    }
+    function: Callable[..., str] | None = run.experiment.tests.get(arguments.test)
+    if function is None:
+        raise ValueError(
+            f"{run.experiment.name} has no test {arguments.test!r}; it has "
+            f"{', '.join(run.experiment.tests)}"
+        )
+    print(function(run, **options))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    run = _open(arguments.run)
+    run.write_metrics()
+    print(run.write_report())
+    if arguments.summary is not None:
+        print(run.write_summary(arguments.summary))
+
+
+def _open(path: Path) -> Run:
+    from .experiments import Run
+
+    return Run.open(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: arguments without the program's name (default: those of the process).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["info"]:
+        from . import info
+
+        return int(info.main(words[1:]) or 0)
+    if words[:1] == ["bench"]:
+        from . import bench
+
+        return int(bench.main(words[1:]) or 0)
+    arguments = _parser().parse_args(words)
+    commands = {"list": lambda _: _list(), "run": _run, "test": _test, "report": _report}
+    try:
+        commands[arguments.command](arguments)
+    except KeyboardInterrupt:
+        return 130
+    except _SPOKEN as error:
+        print(f"modmask {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

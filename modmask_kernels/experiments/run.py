@@ -1,0 +1,306 @@
+"""A run: one experiment with its settings and seeds in one results folder."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from ..analysis import summarise
+from ..report.files import read_json, write_json
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..report import Page, Results
+
+FORMAT = 1
+S = TypeVar("S", bound=Settings)
+
+
+class Experiment(ABC, Generic[S]):
+    """One experiment: its settings, its run for one seed, its page.
+
+    `run_seed` is called again after a kill and must then continue from what the folder holds; what
+    it returns must depend on nothing but settings and seed.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    settings_type: type[S]
+    presets: Mapping[str, S]
+    tests: Mapping[str, Callable[..., str]]
+
+    @abstractmethod
+    def run_seed(self, settings: S, seed: int, folder: SeedFolder) -> dict[str, Any]:
+        """Run one seed, or the rest of it, and return its metrics (JSON values)."""
+
+    @abstractmethod
+    def page(self, results: Results) -> Page:
+        """The report of a finished run."""
+
+
+@dataclass
+class SeedFolder:
+    """The part of a results folder that belongs to one seed."""
+
+    path: Path
+    seed: int
+    progress: bool = True
+    label: str = ""
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Path:
+        """The trained network (safetensors)."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """The results of the seed; there once it is finished."""
+        return self.path / "metrics.json"
+
+    def mask(self, name: str) -> Path:
+        """A learned mask (safetensors)."""
+        return self.path / "masks" / f"{name}.safetensors"
+
+    def checkpoint(self, name: str) -> Path:
+        """A checkpoint of an unfinished stage."""
+        return self.path / "checkpoints" / f"{name}.pt"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[str]:
+        """Time a stage; yields its description for a progress bar.
+
+        Seconds of repeated and continued stages add up in provenance.json, which holds everything
+        that may differ between two runs with equal results.
+        """
+        start = time.perf_counter()
+        try:
+            yield f"{self.label}{name}"
+        finally:
+            seconds = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            self._write_provenance()
+
+    def begin(self) -> None:
+        """Open a session of work on this seed."""
+        old = self._read_provenance()
+        self._seconds = dict(old.get("seconds", {}))
+        self._record = {
+            "sessions": old.get("sessions", 0) + 1,
+            "started": old.get("started", _now()),
+            **environment(),
+        }
+        self._write_provenance()
+
+    def _read_provenance(self) -> dict[str, Any]:
+        path = self.path / "provenance.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    def _write_provenance(self) -> None:
+        record = {**self._record, "ended": _now(), "seconds": self._seconds}
+        write_json(self.path / "provenance.json", record)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they can change bits or speed."""
+    from .. import __version__
+
+    return {
+        "modmask_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "backend": os.environ.get("MODMASK_BACKEND", "automatic"),
+    }
+
+
+class Run:
+    """A results folder.
+
+    settings.json       experiment, preset, settings, seeds, threads
+    metrics.json        results of every seed, and mean and sample standard deviation over seeds
+    seed-K/             weights.safetensors, masks/, metrics.json, provenance.json, checkpoints/
+    figures/, report.html
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
+        from . import get
+
+        self.path = path
+        self.record = dict(record)
+        self.experiment: Experiment[Any] = get(record["experiment"])
+        self.preset: str = record["preset"]
+        self.settings: Settings = self.experiment.settings_type.from_dict(record["settings"])
+        self.seeds: list[int] = list(record["seeds"])
+        self.threads: int = record["threads"]
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        experiment: Experiment[Any],
+        preset: str,
+        settings: Settings,
+        seeds: list[int],
+        threads: int | None = None,
+    ) -> Self:
+        """Start a results folder.
+
+        Raises:
+            FileExistsError: the folder holds something already.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = (
+                f"continue it with `modmask run --resume {path}` or name"
+                if (path / "settings.json").exists()
+                else "name"
+            )
+            raise FileExistsError(f"{path} exists and is not empty: {hint} another folder by --out")
+        record = {
+            "format": FORMAT,
+            "experiment": experiment.name,
+            "preset": preset,
+            "seeds": seeds,
+            "threads": threads or torch.get_num_threads(),
+            "settings": settings.to_dict(),
+        }
+        write_json(path / "settings.json", record)
+        return cls(path, record)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a results folder.
+
+        Raises:
+            FileNotFoundError: it is none.
+            ValueError: its settings cannot be read.
+        """
+        file = path / "settings.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{path} is no results folder: it has no settings.json")
+        record = read_json(file)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"{file} has not the format {FORMAT} that this version reads")
+        try:
+            return cls(path, record)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+
+    def extend(self, seeds: list[int]) -> None:
+        """Run these seeds too."""
+        self.seeds = sorted({*self.seeds, *seeds})
+        self.record["seeds"] = self.seeds
+        write_json(self.path / "settings.json", self.record)
+
+    def folder(self, seed: int, progress: bool = True) -> SeedFolder:
+        """The folder of one seed."""
+        position = f"seed {seed} ({self.seeds.index(seed) + 1}/{len(self.seeds)}) "
+        return SeedFolder(self.path / f"seed-{seed}", seed, progress, position)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all seeds have their results."""
+        return all(self.folder(seed).metrics.exists() for seed in self.seeds)
+
+    def execute(self, progress: bool = True) -> None:
+        """Run what is missing, in the order of the seeds, and write metrics.json.
+
+        Interrupted at any moment, by a kill too, it can be called again and ends with the same
+        bits in weights, masks and metrics (same machine and versions; the number of threads is
+        restored).
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for seed in self.seeds:
+                folder = self.folder(seed, progress)
+                if folder.metrics.exists():
+                    continue
+                folder.begin()
+                write_json(folder.metrics, self.experiment.run_seed(self.settings, seed, folder))
+        finally:
+            torch.set_num_threads(threads)
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Collect the seeds' results into metrics.json.
+
+        Raises:
+            FileNotFoundError: a seed is not finished.
+        """
+        missing = [seed for seed in self.seeds if not self.folder(seed).metrics.exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.path} is not finished: seed {', '.join(map(str, missing))} has no results; "
+                f"continue it with `modmask run --resume {self.path}`"
+            )
+        per_seed = [read_json(self.folder(seed).metrics) for seed in self.seeds]
+        extra = [self._test_results(seed) for seed in self.seeds]
+        for metrics, tests in zip(per_seed, extra, strict=True):
+            metrics["tests"] = {k: v for k, v in tests.items() if all(k in e for e in extra)}
+        write_json(
+            self.path / "metrics.json",
+            {
+                "format": FORMAT,
+                "experiment": self.experiment.name,
+                "seeds": self.seeds,
+                "summary": summarise(per_seed),
+                "per_seed": per_seed,
+            },
+        )
+
+    def write_report(self) -> Path:
+        """Draw figures and report.html from the results; returns the page's path."""
+        from ..report import Results, write_report
+
+        page = self.experiment.page(Results.load(self.path))
+        return Path(write_report(page, str(self.path)))
+
+    def write_summary(self, folder: Path) -> Path:
+        """Write the small summary for documentation; returns the path of its README.md."""
+        from ..report import Results, write_summary
+
+        results = Results.load(self.path)
+        return Path(write_summary(self.experiment.page(results), results, str(folder)))
+
+    def _test_results(self, seed: int) -> dict[str, Any]:
+        """Results of tests that were run on the seed and left a record."""
+        files = sorted((self.folder(seed).path / "tests").glob("*.json"))
+        return {file.stem: read_json(file) for file in files}
+
+
+def say(text: str) -> None:
+    """A line beside the progress bars, on standard error."""
+    print(text, file=sys.stderr, flush=True)

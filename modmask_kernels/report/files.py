@@ -1,0 +1,66 @@
+"""Files that are either there in full or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+
+    A run that is killed while writing leaves the old file, or none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _dump(value: Any, indent: int) -> str:
+    """JSON with one key per line, but lists of plain values on one line."""
+    pad = " " * (indent + 1)
+    if isinstance(value, dict) and value:
+        items = (f"{pad}{json.dumps(str(k))}: {_dump(v, indent + 1)}" for k, v in value.items())
+        return "{\n" + ",\n".join(items) + f"\n{' ' * indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(v, dict | list | tuple) for v in value):
+        items = (pad + _dump(v, indent + 1) for v in value)
+        return "[\n" + ",\n".join(items) + f"\n{' ' * indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, readable by people; floats keep all their digits.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot hold.
+    """
+    write_text(path, _dump(value, 0) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is no JSON; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
