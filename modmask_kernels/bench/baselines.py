@@ -14,7 +14,7 @@ from torch import Tensor, nn
 EPSILON = 1e-10  # guards the logarithms against a uniform that is exactly 0
 
 
-class NotAvailable(RuntimeError):
+class NotAvailableError(RuntimeError):
     """A baseline that cannot run here; the message says why."""
 
 
@@ -33,9 +33,7 @@ def gumbel_sigmoid(logits: Tensor, samples: int = 1, tau: float = 1.0) -> Tensor
     """
     shape = tuple(logits.shape) if samples == 1 else (samples, *logits.shape)
     uniform = torch.rand((2, *shape), dtype=logits.dtype, device=logits.device)
-    noise = -torch.log(
-        torch.log(uniform[1] + EPSILON) / torch.log(uniform[0] + EPSILON) + EPSILON
-    )
+    noise = -torch.log(torch.log(uniform[1] + EPSILON) / torch.log(uniform[0] + EPSILON) + EPSILON)
     soft = torch.sigmoid((logits + noise) / tau)
     hard = (soft > 0.5).to(soft.dtype)
     return (hard - soft).detach() + soft
@@ -86,6 +84,7 @@ class NaiveMaskedLinear(nn.Module):
         self.weight_logits = nn.Parameter(torch.full_like(linear.weight, init))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, in]` to `[batch, out]`, under fresh masks."""
         return naive_masked_linear(x, self.weight, self.weight_logits, self.bias, self.samples)
 
 
@@ -108,12 +107,12 @@ def neurosurgeon_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     can stand beside `samples=1` only.
 
     Raises:
-        NotAvailable: the package cannot be imported.
+        NotAvailableError: the package cannot be imported.
     """
     try:
         module: Any = importlib.import_module("NeuroSurgeon.Masking.hardconcrete_layer")
     except ImportError as error:
-        raise NotAvailable(
+        raise NotAvailableError(
             f"NeuroSurgeon does not import ({error}); `pip install neurosurgeon` adds it"
         ) from error
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

@@ -81,7 +81,7 @@ def _step(
         for leaf in leaves:
             leaf.grad = None
         y = forward()
-        y.backward(grad)
+        y.backward(grad)  # type: ignore[no-untyped-call]
         return y
 
     return step
@@ -126,10 +126,10 @@ def neurosurgeon_step(problem: Problem) -> Callable[[], Tensor]:
     """The hard-concrete layer of NeuroSurgeon; checked before it is returned.
 
     Raises:
-        baselines.NotAvailable: it is not installed, or the problem has more than one sample.
+        baselines.NotAvailableError: it is not installed, or the problem has more than one sample.
     """
     if problem.samples != 1:
-        raise baselines.NotAvailable("NeuroSurgeon draws one mask per batch")
+        raise baselines.NotAvailableError("NeuroSurgeon draws one mask per batch")
     layer = baselines.neurosurgeon_linear(problem.weight, problem.bias)
     x, logits = _leaf(problem.x), layer.get_parameter("weight_mask_params")
     step = _step(lambda: layer(x), (x, logits), problem.grad)
@@ -143,7 +143,7 @@ def baseline_step(name: str, problem: Problem) -> Callable[[], Tensor]:
 
     Raises:
         GateError: it computes something else than it should.
-        baselines.NotAvailable: it cannot run here.
+        baselines.NotAvailableError: it cannot run here.
     """
     if name == "neurosurgeon":
         return neurosurgeon_step(problem)
@@ -162,7 +162,7 @@ def baseline_step(name: str, problem: Problem) -> Callable[[], Tensor]:
     except RuntimeError as error:
         # no compiler for the generated code: the reason is the first line, the rest a trace
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise baselines.NotAvailable(f"torch.compile fails here: {reason[0]}") from error
+        raise baselines.NotAvailableError(f"torch.compile fails here: {reason[0]}") from error
 
 
 def floor_functions(problem: Problem) -> dict[str, Callable[[], object]]:
@@ -260,7 +260,7 @@ def run_case(
     for name in names:
         try:
             functions[name] = baseline_step(name, problem)
-        except baselines.NotAvailable as error:
+        except baselines.NotAvailableError as error:
             absent[name] = str(error)
     functions.update(floor_functions(problem))
 
@@ -274,7 +274,9 @@ def run_case(
         "relaxed_target": case.relaxed_target,
         "verdict": verdict(to_plain.value, case.target, case.relaxed_target),
         "baseline_ratio_to_plain": {
-            name: asdict(ratio(timings[name], timings["plain"])) for name in names if name in timings
+            name: asdict(ratio(timings[name], timings["plain"]))
+            for name in names
+            if name in timings
         },
         "times_faster_than": {
             name: ratio(timings[name], timings["fused"]).value for name in names if name in timings

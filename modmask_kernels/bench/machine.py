@@ -11,6 +11,8 @@ import torch
 
 import modmask_kernels
 
+from .. import _native
+
 
 def processor_name() -> str:
     """The processor as the operating system calls it."""
@@ -62,6 +64,7 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "modmask_kernels": modmask_kernels.__version__,
+        "kernels": _native.capability() or "reference only",
         "neurosurgeon": version_of("neurosurgeon"),
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -56,6 +56,7 @@ class TimedData:
         self.asked: list[float] = []
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
+        """The batch of the data source."""
         self.asked.append(time.perf_counter())
         return self._data(step, generator)
 
@@ -211,7 +212,9 @@ def run_case(case: StepCase, *, rounds: int, visit_seconds: float = 0.2) -> dict
 
 def run(*, quick: bool = False, progress: bool = True) -> list[dict[str, object]]:
     """All networks; see `run_case`."""
-    bar: Sequence[StepCase] = tqdm(  # type: ignore[assignment]
-        cases(quick), desc="mask-learning step", unit="network", disable=not progress
-    )
-    return [run_case(case, rounds=5 if quick else 15) for case in bar]
+    rows = []
+    bar = tqdm(cases(quick), desc="mask-learning step", unit="network", disable=not progress)
+    for case in bar:
+        bar.set_postfix_str(case.size)
+        rows.append(run_case(case, rounds=5 if quick else 15))
+    return rows

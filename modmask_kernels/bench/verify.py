@@ -166,9 +166,7 @@ def check_distribution(
         if abs(value) > bound:
             raise GateError(f"{name}: {what} of the standardised outputs {value:.3g} > {bound:.3g}")
     most = torch.zeros_like(problem.weight)
-    parts = zip(
-        problem.grad.chunk(problem.samples), problem.x.chunk(problem.samples), strict=True
-    )
+    parts = zip(problem.grad.chunk(problem.samples), problem.x.chunk(problem.samples), strict=True)
     for grad, x in parts:
         most += (problem.weight * (grad.t() @ x)).abs() / 4.0
     excess = float((got["grad_logits"].abs() - most).max())

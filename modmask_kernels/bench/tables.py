@@ -1,0 +1,251 @@
+"""The results as tables: plain text for the terminal, Markdown for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..report.page import Table
+from .machine import headline
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+_MEBIBYTE = 2**20
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _spread(ratio: Row) -> str:
+    return f"{_times(ratio['value'])} ({_times(ratio['p20'])}-{_times(ratio['p80'])})"
+
+
+def linear_label(row: Row) -> str:
+    """Name of a row of the linear suite."""
+    return f"{row['out_features']}x{row['in_features']}, {row['batch']}, {row['samples']}"
+
+
+def _linear_table(rows: Sequence[Row]) -> Table:
+    def against(row: Row, name: str) -> str:
+        found = row["baseline_ratio_to_plain"].get(name)
+        return _times(found["value"] if found else None)
+
+    reasons = {reason for row in rows for reason in row["absent"].values()}
+    return Table(
+        caption="masked_linear, forward and backward, float32: times as long as the plain layer",
+        header=[
+            "layer, batch, samples",
+            "plain, ms",
+            "fused, ms",
+            "fused (p20-p80)",
+            "target",
+            "verdict",
+            "naive",
+            "compiled naive",
+            "NeuroSurgeon",
+            "floor",
+        ],
+        rows=[
+            [
+                linear_label(row),
+                _ms(row["seconds"]["plain"]["median"]),
+                _ms(row["seconds"]["fused"]["median"]),
+                _spread(row["ratio_to_plain"]),
+                _times(row["target"]),
+                row["verdict"],
+                against(row, "naive"),
+                against(row, "compiled"),
+                against(row, "neurosurgeon"),
+                _times(row["floor"]["ratio_to_plain"]),
+            ]
+            for row in rows
+        ],
+        note="Plain: F.linear with a trainable weight and the same fixed bias. Naive: two uniforms "
+        "per weight, logarithms, sigmoid, straight-through, bmm, in eager PyTorch; compiled naive: "
+        "the same under torch.compile. NeuroSurgeon: its hard-concrete layer (soft masks, another "
+        "distribution). Ratios of interleaved medians of one process; in brackets the 20th and "
+        "80th percentile of the ratio taken round by round."
+        + "".join(f" Not measured: {reason}." for reason in sorted(reasons)),
+    )
+
+
+def _faster_table(rows: Sequence[Row]) -> Table:
+    names = ("naive", "compiled", "neurosurgeon")
+    return Table(
+        caption="How many times faster than other masked layers",
+        header=["layer, batch, samples", "naive", "compiled naive", "NeuroSurgeon"],
+        rows=[
+            [linear_label(row), *(_times(row["times_faster_than"].get(name)) for name in names)]
+            for row in rows
+        ],
+    )
+
+
+def _floor_table(rows: Sequence[Row]) -> Table:
+    return Table(
+        caption="The measured floor of masked_linear, and the distance from it",
+        header=[
+            "layer, batch, samples",
+            "noise once, ms",
+            "ns per number and core",
+            "whole products, ms",
+            "cut products, ms",
+            "traffic, ms",
+            "floor, ms",
+            "fused, ms",
+            "fused / floor",
+        ],
+        rows=[
+            [
+                linear_label(row),
+                _ms(row["floor"]["noise_seconds"]),
+                f"{row['floor']['noise_nanoseconds_per_number_and_core']:.2f}",
+                _ms(row["floor"]["whole_products_seconds"]),
+                _ms(row["floor"]["cut_products_seconds"]),
+                _ms(row["floor"]["traffic_seconds"]),
+                _ms(row["floor"]["seconds"]),
+                _ms(row["seconds"]["fused"]["median"]),
+                _times(row["floor"]["fused_over_floor"]),
+            ]
+            for row in rows
+        ],
+        note="Noise: sample_mask_packed alone; forward and backward need it once each. Whole "
+        "products: the plain layer. Cut products: the library's products with the batch in as "
+        "many parts as samples. Traffic: 7 words per weight at the speed of a copy. Floor: the "
+        "larger of traffic and whole products plus twice the noise; it takes masking, slopes and "
+        "the cut as free.",
+    )
+
+
+def _memory_table(rows: Sequence[Row]) -> Table:
+    def extra(row: Row, name: str) -> list[str]:
+        return [f"{value / _MEBIBYTE:.1f}" for value in row["extra_bytes"][name].values()]
+
+    counts = list(rows[0]["extra_bytes"]["fused"])
+    return Table(
+        caption="Peak extra memory of masked_linear, forward and backward, float32, MiB",
+        header=[
+            "layer, batch",
+            "weight",
+            "plain",
+            *(f"fused, samples {count}" for count in counts),
+            f"growth {counts[0]} to {counts[-1]}",
+            "target",
+            "verdict",
+            *(f"naive, samples {count}" for count in counts),
+        ],
+        rows=[
+            [
+                f"{row['out_features']}x{row['in_features']}, {row['batch']}",
+                f"{row['weight_bytes'] / _MEBIBYTE:.1f}",
+                *extra(row, "plain"),
+                *extra(row, "fused"),
+                f"{row['fused_growth']:.3f}",
+                f"{row['target_growth']:.2f}",
+                row["verdict"],
+                *extra(row, "naive"),
+            ]
+            for row in rows
+        ],
+        note="Resident high-water mark (VmHWM) of a fresh process that runs the layer, minus that "
+        "of one that does everything but that; median of the repeats. The gradient of the weight "
+        "or of the logits, one weight in size, is part of every figure.",
+    )
+
+
+def _step_table(rows: Sequence[Row]) -> Table:
+    return Table(
+        caption="One mask-learning step against one training step of the same network",
+        header=[
+            "network",
+            "masked weights",
+            "training, ms",
+            "fused, ms",
+            "fused (p20-p80)",
+            "target",
+            "verdict",
+            "naive",
+            "faster than naive",
+        ],
+        rows=[
+            [
+                f"{row['size']} ({'-'.join(str(width) for width in row['hidden'])})",
+                f"{row['masked_weights']:,}",
+                _ms(row["seconds"]["plain"]["median"]),
+                _ms(row["seconds"]["fused"]["median"]),
+                _spread(row["ratio_to_plain"]),
+                _times(row["target"]),
+                row["verdict"],
+                _times(row["naive_ratio_to_plain"]["value"]),
+                _times(row["times_faster_than_naive"]),
+            ]
+            for row in rows
+        ],
+        note="Addition / multiplication networks, batch 128, samples 4 in every masked layer. All "
+        "three columns include data generation, loss, clipping to 1.0 and fused Adam; the masked "
+        "ones the penalty too.",
+    )
+
+
+_TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
+    "linear": (_linear_table, _faster_table, _floor_table),
+    "memory": (_memory_table,),
+    "step": (_step_table,),
+}
+
+
+def tables(results: Results) -> list[Table]:
+    """All tables of the suites that were run."""
+    return [
+        make(results[suite])
+        for suite, makers in _TABLES.items()
+        if suite in results
+        for make in makers
+    ]
+
+
+def text_table(table: Table) -> str:
+    """A table in fixed-width text: the caption, the header, one line per row, the note."""
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
+
+    def format_line(cells: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    ruler = "  ".join("-" * width for width in widths)
+    parts = [table.caption, "", format_line(table.header), ruler, *map(format_line, table.rows)]
+    return "\n".join(parts + ([table.note] if table.note else []))
+
+
+def text(results: Results) -> str:
+    """Everything for the terminal."""
+    parts = [headline(results["machine"]), *(text_table(table) for table in tables(results))]
+    return "\n\n".join(parts)
+
+
+def markdown(results: Results, command: str, figure: Any | None) -> str:
+    """Everything as one page of Markdown.
+
+    Args:
+        results: what was measured.
+        command: how to measure it again.
+        figure: the `report.page.Figure` whose files lie beside the page, or None.
+    """
+    # needs matplotlib, which the text does not
+    from ..report.summary import _markdown_figure, markdown_table
+
+    parts = ["# Speed and memory", headline(results["machine"]) + ".", f"```\n{command}\n```"]
+    if figure is not None:
+        parts.append(_markdown_figure(figure).rstrip("\n"))
+    parts += [markdown_table(table).rstrip("\n") for table in tables(results)]
+    return "\n\n".join(parts) + "\n"
