@@ -84,13 +84,14 @@ def _draw_panel(axes: Any, theme: Any, panel: _Panel) -> None:
             zorder=2,
         )
     low, high = axes.get_xlim()
-    # to the right of every point, so that the number of the fused kernel is never covered
-    axes.set_xlim(min(low, 0.45), high * 2.6)
+    # room at the left edge for the numbers of the fused kernel
+    axes.set_xlim(min(low, 1.0) * 0.35, high * 1.1)
     for point, place in zip(points, places, strict=True):
         axes.text(
-            max(point.values()) * 1.18,
+            0.01,
             place,
             f"{point['fused']:.2f}",
+            transform=axes.get_yaxis_transform(),
             va="center",
             fontsize=8,
             color=theme.colour("first"),
@@ -132,8 +133,8 @@ def figure_of(results: Results) -> Figure | None:
     return Figure(
         name="speed",
         caption="Rows: layer, batch, samples. The vertical line is the plain layer (or the "
-        "ordinary training step); left is better. The scale is logarithmic; the number is that "
-        "of the fused kernel.",
+        "ordinary training step); left is better. The scale is logarithmic; the numbers are "
+        "those of the fused kernel.",
         alt=f"{panels[0][0]}. {rows}.",
         draw=draw,
         size=(4.4, sum(heights) + 0.4),

@@ -106,7 +106,9 @@ def measure(implementation: str, case: MemoryCase, samples: int, *, run: bool) -
         command += ["--" + name.replace("_", "-"), str(value)]
     command += ["--samples", str(samples), "--threads", str(torch.get_num_threads())]
     command += ["--run"] if run else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # `-m` looks in the working directory first, where another copy of the package may lie
+    package = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=package)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return int(json.loads(done.stdout.splitlines()[-1])["high_water_mark"])

@@ -1,0 +1,326 @@
+"""The suites on tiny shapes: that they measure, check and report; never how long anything took."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modmask_kernels import bench, cli, ops
+from modmask_kernels.bench import baselines, linear, memory, step, tables
+from modmask_kernels.bench import cli as bench_cli
+from modmask_kernels.bench.figure import figure_of
+from modmask_kernels.bench.verify import GateError
+
+# compiling the naive layer takes longer than everything else here together
+FAST = ("naive", "neurosurgeon")
+
+
+@pytest.fixture(scope="module")
+def linear_rows() -> list[dict[str, Any]]:
+    return [
+        linear.run_case(linear.LinearCase(16, 24, 8, samples), names=FAST, rounds=2)
+        for samples in (1, 4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def step_rows() -> list[dict[str, Any]]:
+    return [step.run_case(step.StepCase("mini", 8, 2), rounds=2, visit_seconds=0.0)]
+
+
+@pytest.fixture(scope="module")
+def memory_rows() -> list[dict[str, Any]]:
+    extra = {
+        "plain": {"1": 9 * 2**20},
+        "fused": {"1": 8 * 2**20, "8": 9 * 2**20},
+        "naive": {"1": 70 * 2**20, "8": 240 * 2**20},
+    }
+    return [
+        {
+            "out_features": 1024,
+            "in_features": 1024,
+            "batch": 128,
+            "dtype": "float32",
+            "weight_bytes": 4 * 2**20,
+            "extra_bytes": extra,
+            "fused_growth": 1.125,
+            "target_growth": memory.TARGET_GROWTH,
+            "verdict": linear.verdict(1.125, memory.TARGET_GROWTH),
+        }
+    ]
+
+
+@pytest.fixture
+def results(linear_rows: list[Any], step_rows: list[Any], memory_rows: list[Any]) -> dict[str, Any]:
+    from modmask_kernels.bench.machine import describe
+
+    return {
+        "settings": {"format": 1, "quick": True},
+        "machine": describe(),
+        "linear": linear_rows,
+        "memory": memory_rows,
+        "step": step_rows,
+    }
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("case", "target", "relaxed"),
+        [
+            ((1024, 1024, 128, 1), 1.1, None),
+            ((1024, 1024, 128, 4), 1.5, 1.6),
+            ((1024, 1024, 128, 8), 2.0, 2.2),
+            ((1024, 1024, 8, 1), 1.25, None),
+            ((384, 384, 128, 4), 1.5 * 1.15, 1.6 * 1.15),
+            ((384, 384, 8, 1), None, None),
+            ((64, 64, 128, 4), None, None),
+        ],
+    )
+    def test_of_the_table(
+        self, case: tuple[int, int, int, int], target: float | None, relaxed: float | None
+    ) -> None:
+        row = linear.LinearCase(*case)
+        assert (row.target, row.relaxed_target) == (target, relaxed)
+
+    def test_the_full_table_has_every_row_that_has_a_target(self) -> None:
+        rows = linear.cases()
+        assert len(rows) == len(set(rows)) == 12
+        assert sum(row.target is not None for row in rows) == 10
+        assert set(linear.cases(quick=True)) <= set(rows)
+
+    @pytest.mark.parametrize(
+        ("value", "target", "relaxed", "words"),
+        [
+            (1.4, 1.5, 1.6, "met"),
+            (1.5, 1.5, None, "met"),
+            (1.55, 1.5, 1.6, "met with the floor"),
+            (1.8, 1.5, 1.6, "missed by 20 %"),
+            (1.8, 1.5, None, "missed by 20 %"),
+            (9.9, None, None, "no target"),
+        ],
+    )
+    def test_verdict(
+        self, value: float, target: float | None, relaxed: float | None, words: str
+    ) -> None:
+        assert linear.verdict(value, target, relaxed) == words
+
+
+class TestLinear:
+    def test_every_candidate_is_timed(self, linear_rows: list[dict[str, Any]]) -> None:
+        one, four = linear_rows
+        assert {"plain", "fused", "naive", "noise", "products", "copy"} <= set(four["seconds"])
+        assert "neurosurgeon" in four["absent"]
+        assert ("neurosurgeon" in one["seconds"]) != ("neurosurgeon" in one["absent"])
+        for row in linear_rows:
+            assert all(t["p20"] <= t["median"] <= t["p80"] for t in row["seconds"].values())
+            assert max(row["error_over_allowed"].values()) <= 1.0
+
+    def test_the_floor_is_made_of_its_parts(self, linear_rows: list[dict[str, Any]]) -> None:
+        for row in linear_rows:
+            floor, seconds = row["floor"], row["seconds"]
+            arithmetic = seconds["plain"]["median"] + 2 * seconds["noise"]["median"]
+            assert floor["seconds"] == max(arithmetic, floor["traffic_seconds"])
+            assert floor["traffic_bytes"] == 7 * 4 * 16 * 24
+            assert floor["fused_over_floor"] == seconds["fused"]["median"] / floor["seconds"]
+
+    def test_what_is_wrong_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = ops.masked_linear
+        monkeypatch.setattr(ops, "masked_linear", lambda *a, **k: right(*a, **k) + 1.0)
+        with pytest.raises(GateError, match="masked_linear, y"):
+            linear.run_case(linear.LinearCase(8, 8, 4, 1), names=(), rounds=1)
+
+    def test_the_compiled_baseline(self) -> None:
+        torch.manual_seed(0)
+        problem = linear.Problem.random(64, 16, 8, 2)
+        assert linear.baseline_step("compiled", problem)() is not None
+
+    def test_a_compiler_that_fails_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def failing() -> Any:
+            def call(*args: Any) -> Any:
+                raise RuntimeError("no C++ compiler\nand a long trace")
+
+            return call
+
+        monkeypatch.setattr(baselines, "compiled_naive_masked_linear", failing)
+        row = linear.run_case(linear.LinearCase(8, 8, 4, 1), names=("compiled",), rounds=1)
+        assert row["absent"] == {"compiled": "torch.compile fails here: no C++ compiler"}
+
+
+class TestMemory:
+    def test_a_fresh_process_reports_its_mark(self) -> None:
+        case = memory.MemoryCase(512, 512, 8)
+        extra = memory.extra_memory("naive", case, 8, repeats=1)
+        assert 0 < memory.extra_memory("fused", case, 8, repeats=1) < extra
+        # the naive layer keeps several tensors of 8 weights, 8 MiB each, beyond any noise
+        assert extra > 16 * 2**20
+
+    def test_a_failing_process_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(RuntimeError, match="failed"):
+            memory.measure("fused", memory.MemoryCase(8, 8, 8), 1, run=True)
+
+    def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def extra(name: str, case: memory.MemoryCase, samples: int, repeats: int) -> int:
+            asked.append((name, samples))
+            return 100 * samples if name == "naive" else 100 + samples
+
+        monkeypatch.setattr(memory, "extra_memory", extra)
+        row = memory.run(quick=True, progress=False)[0]
+        assert asked.count(("plain", 1)) == 1
+        assert row["extra_bytes"]["naive"] == {"1": 100, "4": 400, "8": 800}
+        assert row["fused_growth"] == 108 / 101
+        assert row["verdict"] == "met"
+
+
+class TestStep:
+    def test_all_three_loops_are_timed(self, step_rows: list[dict[str, Any]]) -> None:
+        row = step_rows[0]
+        assert set(row["seconds"]) == {"plain", "fused", "naive"}
+        assert row["hidden"] == [32, 32]
+        assert row["masked_weights"] == 42 * 32 + 32 * 32 + 32 * 20
+
+    def test_set_up_and_the_first_steps_are_not_timed(self) -> None:
+        asked = []
+
+        def loop(data: step.Data, steps: int) -> None:
+            for number in range(steps):
+                asked.append(data(number, torch.Generator()))
+
+        visit = step.visitor_of(loop, lambda number, generator: (torch.zeros(1), torch.zeros(1)))
+        assert len(visit(5)) == 5
+        assert len(asked) == 5 + 3
+
+    def test_weights_that_move_are_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def learn(model: torch.nn.Module, *args: Any, **options: Any) -> None:
+            for parameter in model.parameters():
+                parameter.data.add_(1.0)
+
+        monkeypatch.setattr(step, "learn_masks", learn)
+        with pytest.raises(GateError, match=r"frozen parameter layers\.0\.weight"):
+            step.run_case(step.StepCase("mini", 8, 2), rounds=1)
+
+
+class TestOutput:
+    def test_text_has_every_number_of_the_tables(self, results: dict[str, Any]) -> None:
+        text = tables.text(results)
+        assert "16x24, 8, 4" in text
+        assert "mini (32-32)" in text
+        assert "missed by 2 %" in text
+        assert all(
+            len(set(map(len, [*table.rows, table.header]))) == 1 for table in tables.tables(results)
+        )
+
+    def test_columns_are_aligned(self) -> None:
+        table = tables.Table(caption="c", header=["a", "bb"], rows=[["long", "1"], ["x", "22"]])
+        assert tables.text_table(table).splitlines() == [
+            "c",
+            "",
+            "a     bb",
+            "----  --",
+            "long   1",
+            "x     22",
+        ]
+
+    def test_a_suite_alone(self, results: dict[str, Any]) -> None:
+        for suite in bench_cli.SUITES:
+            alone = {key: results[key] for key in ("settings", "machine", suite)}
+            assert tables.tables(alone)
+            assert figure_of(alone) is not None
+        assert figure_of({}) is None
+
+    def test_files(self, results: dict[str, Any], tmp_path: Path) -> None:
+        paths = bench_cli.write(results, tmp_path, "modmask bench --quick")
+        assert sorted(path.name for path in paths) == [
+            "README.md",
+            "bench.json",
+            "speed-dark.svg",
+            "speed-light.svg",
+        ]
+        again = bench_cli.write(results, tmp_path / "again", "modmask bench --quick")
+        assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
+        assert json.loads(paths[0].read_text(encoding="utf-8")) == results
+        page = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert "modmask bench --quick" in page
+        assert page.count("| --- |") == len(tables.tables(results))
+        for name in re.findall(r'(?:src|srcset)="([^"]+)"', page):
+            assert (tmp_path / name).exists()
+
+    def test_without_matplotlib_the_numbers_are_kept(
+        self,
+        results: dict[str, Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def absent() -> None:
+            raise ModuleNotFoundError("the report needs matplotlib: pip install it")
+
+        monkeypatch.setattr(bench_cli.report, "require", absent)
+        assert [p.name for p in bench_cli.write(results, tmp_path, "")] == ["bench.json"]
+        assert "pip install" in capsys.readouterr().err
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def _tiny(self, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any]) -> None:
+        for suite in bench_cli.SUITES:
+            rows = copy.deepcopy(results[suite])
+            monkeypatch.setitem(bench_cli.SUITES, suite, lambda rows=rows, **options: rows)
+
+    @pytest.mark.parametrize("main", [bench.main, lambda words: cli.main(["bench", *words])])
+    def test_all_suites(
+        self, main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        assert main(["--quick", "--quiet", "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert "fused / floor" in printed
+        assert str(out / "bench.json") in printed
+
+    def test_threads_hold_for_the_run_only(self, tmp_path: Path) -> None:
+        before = torch.get_num_threads()
+        words = ["--quiet", "--suite", "step", "--threads", "1", "--out", str(tmp_path)]
+        assert bench.main(words) == 0
+        written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+        assert written["machine"]["threads"] == 1
+        assert torch.get_num_threads() == before
+        with pytest.raises(SystemExit):
+            bench.main(["--threads", "0"])
+
+    def test_keep_adds_a_suite_and_refuses_another_machine(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--quiet", "--out", str(tmp_path), "--keep", "--suite"]
+        assert bench.main([*words, "linear"]) == 0
+        assert bench.main([*words, "step"]) == 0
+        path = tmp_path / "bench.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        assert {"linear", "step"} <= set(written)
+        written["machine"]["processor"] = "another"
+        path.write_text(json.dumps(written), encoding="utf-8")
+        assert bench.main([*words, "memory"]) == 1
+        assert "another machine" in capsys.readouterr().err
+        assert json.loads(path.read_text(encoding="utf-8")) == written
+
+    def test_a_wrong_candidate_ends_the_run(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def wrong(**options: Any) -> list[Any]:
+            raise GateError("masked_linear, y: error 1")
+
+        monkeypatch.setitem(bench_cli.SUITES, "linear", wrong)
+        assert bench.main(["--quiet", "--out", str(tmp_path)]) == 1
+        assert "masked_linear, y" in capsys.readouterr().err
+        assert not (tmp_path / "bench.json").exists()
