@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -20,16 +19,16 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object
     """Replace the file at `path` by what `write` writes: entirely, durably, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    # one name per target, so that what a killed process leaves is overwritten by the next
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(partial, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the new name itself must survive a power cut too
         folder = os.open(path.parent, os.O_RDONLY)
@@ -37,12 +36,6 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def _bytes_of(tensor: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:

@@ -257,6 +257,9 @@ def learn_masks(
         batch_dim=batch_dim,
     )
     learner = Learner(model, loss, _choose(model, data, sets), settings)
+    if checkpoint is not None:  # better now than after the first thousand steps
+        for stream in learner.streams:
+            learner.data_state(stream)
     metrics: list[dict[str, Any]] = []
     done, earlier = 0, 0.0
     with _learning(learner, mode):

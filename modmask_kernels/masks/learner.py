@@ -127,6 +127,7 @@ class Learner:
                     f"all sets at once; got {[s.name for s in self.streams]}"
                 )
             self.weights = self._trained_weights()
+        self._weight_hash: str | None = None
 
     def _stream(self, index: int, name: str, source: Data, rows: list[Tensor]) -> Stream:
         chosen, seed = self.settings, self.settings.seed
@@ -316,8 +317,15 @@ class Learner:
                 )
 
     def row(self, stream: Stream, step: int, seconds: float) -> dict[str, Any]:
-        """The metrics of one set after a step."""
-        kept = sum(int(torch.count_nonzero(row > 0)) for row in stream.rows)
+        """The metrics of one set after `step` steps; FloatingPointError for NaN logits."""
+        kept = 0
+        for name, row in zip(self.tensors, stream.rows, strict=True):
+            kept += int(torch.count_nonzero(row > 0))
+            # kernels drop a weight whose logit is NaN, so that no loss tells of it
+            if bool(row.isnan().any()):
+                raise FloatingPointError(
+                    f"logits: NaN in the logits of {name!r} (set {stream.name!r}, step {step})"
+                )
         return {
             "step": step,
             "set": stream.name,
@@ -341,6 +349,8 @@ class Learner:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
+        if self._weight_hash is None:
+            self._weight_hash = weight_hash(self.model)
         return {
             "sets": [stream.name for stream in self.streams],
             "seed": self.settings.seed,
@@ -349,16 +359,20 @@ class Learner:
             "tau": [layer.tau for layer in self.layers.values()],
             "batch_dim": self.settings.batch_dim,
             "tensors": {n: [t.tensor_id, *t.parameter.shape] for n, t in self.tensors.items()},
-            "weight_hash": weight_hash(self.model),
+            "weight_hash": self._weight_hash,
         }
+
+    def data_state(self, stream: Stream) -> Any:
+        """The state of a set's data source; TypeError if a checkpoint cannot hold it."""
+        state_of = getattr(stream.data, "state_dict", None)
+        state = {} if state_of is None else state_of()
+        check_storable(state, f"data[{stream.name!r}].state_dict()")
+        return state
 
     def state(self) -> dict[str, Any]:
         """All that a later process needs to go on with the same bits."""
         sets = {}
         for stream in self.streams:
-            state_of = getattr(stream.data, "state_dict", None)
-            own = {} if state_of is None else state_of()
-            check_storable(own, f"data[{stream.name!r}].state_dict()")
             sets[stream.name] = {
                 # clones, since a view would bring the logits of all sets along
                 "logits": [row.clone() for row in stream.rows],
@@ -366,7 +380,7 @@ class Learner:
                 "exp_avg_sqs": stream.exp_avg_sqs,
                 "count": stream.count,
                 "generator": stream.generator.get_state(),
-                "data": own,
+                "data": self.data_state(stream),
             }
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":

@@ -354,8 +354,10 @@ class MaskSet(Mapping[str, Tensor]):
         tensors = masked_tensors(layers)
         if tensors.keys() != self._shapes.keys():
             name = min(tensors.keys() ^ self._shapes.keys())
-            where = "the masks" if name in self._shapes else "the model"
-            raise ValueError(f"the masks are for another model: only {where} has {name!r} masked")
+            here, there = ("set", "model") if name in self._shapes else ("model", "set")
+            raise ValueError(
+                f"the masks are for another model: the {here} masks {name!r}, the {there} does not"
+            )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 row = tensor.logits[index]

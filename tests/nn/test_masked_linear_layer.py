@@ -158,7 +158,7 @@ def test_a_part_of_the_sets_may_be_active():
     layer.active_sets = None
     assert torch.equal(layer(x), everything)
     for wrong in [(0, 4), (-1, 1), (3, 1), (0, 0)]:
-        with pytest.raises(ValueError, match="active_sets: expected .* within 3 sets"):
+        with pytest.raises(ValueError, match=r"active_sets: expected .* within 3 sets"):
             layer.active_sets = wrong
 
 
@@ -182,7 +182,7 @@ def test_from_dense_shares_and_freezes_and_to_dense_multiplies_in():
     without_bias = MaskedLinear.from_dense(nn.Linear(7, 5, bias=False), mask_bias=True)
     assert without_bias.bias_logits is None
     assert without_bias.to_dense().bias is None
-    with pytest.raises(ValueError, match="set: expected one of \\['a', 'b'\\]"):
+    with pytest.raises(ValueError, match=r"set: expected one of \['a', 'b'\]"):
         layer.to_dense("c")
     with pytest.raises(TypeError, match=r"linear: expected a torch.nn.Linear, got ReLU"):
         MaskedLinear.from_dense(nn.ReLU())
