@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 from pathlib import Path
-
-import torch
-
-import modmask_kernels
+from typing import Any
 
 from .. import _native
-
-
-def processor_name() -> str:
-    """The processor as the operating system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model"):
-            return value.strip()
-    return platform.processor() or platform.machine()
+from ..experiments.run import environment
 
 
 def processor_family() -> str:
     """Family and model number, which tell generations of one brand name apart; "" if unknown."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     fields = {}
@@ -50,30 +34,24 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """Everything that a reader needs to judge whether two results may be compared."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": processor_name(),
+        **environment(),
         "processor_family": processor_family(),
-        "architecture": platform.machine(),
-        "system": platform.system(),
         "cores": cores,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "modmask_kernels": modmask_kernels.__version__,
         "kernels": _native.capability() or "reference only",
         "neurosurgeon": version_of("neurosurgeon"),
     }
 
 
-def headline(machine: dict[str, object]) -> str:
+def headline(machine: dict[str, Any]) -> str:
     """`describe()` in one line."""
+    family = f" ({machine['processor_family']})" if machine["processor_family"] else ""
     return (
-        f"{machine['processor']} ({machine['processor_family'] or machine['architecture']}), "
-        f"{machine['cores']} cores, {machine['threads']} threads; "
-        f"modmask_kernels {machine['modmask_kernels']} ({machine['kernels']}), "
-        f"torch {machine['torch']} ({machine['cpu_capability']}), Python {machine['python']}"
+        f"{machine['processor']}{family}, {machine['system']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads; modmask_kernels {machine['modmask_kernels']} "
+        f"({machine['kernels']}), torch {machine['torch']} ({machine['capability']}), "
+        f"Python {machine['python']}"
     )
