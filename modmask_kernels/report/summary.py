@@ -17,8 +17,9 @@ _LONG = 24
 def _compact(value: Any) -> Any:
     """Without long lists; floats rounded to six significant digits."""
     if isinstance(value, dict):
-        kept = {k: _compact(v) for k, v in value.items()}
-        return {k: v for k, v in kept.items() if v is not _DROPPED}
+        short = {k: _compact(v) for k, v in value.items()}
+        kept = {k: v for k, v in short.items() if v is not _DROPPED}
+        return kept if kept or not value else _DROPPED
     if isinstance(value, list):
         return _DROPPED if len(value) > _LONG else [_compact(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
