@@ -17,6 +17,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#define MODMASK_AVX2 // the pragma does not define the usual macros
 #define MODMASK_CAPABILITY avx2
 #define MODMASK_LANES 8
 #include "simd.h"

@@ -17,6 +17,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
+#define MODMASK_AVX512 // the pragma does not define the usual macros
 #define MODMASK_CAPABILITY avx512
 #define MODMASK_LANES 16
 #include "simd.h"

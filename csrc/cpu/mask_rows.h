@@ -9,37 +9,55 @@ struct RowNoise {
   const float* logits;
 };
 
-// f(i, value, slope) for every vector of the row: value is the mask (0/1 or soft), slope its
-// surrogate derivative. kSlope = false leaves the slope uncomputed.
-template <bool kHard, bool kSlope, typename F>
-MODMASK_INLINE void for_mask_vectors(const RowNoise& row, int64_t n, float tau, const F& f) {
+// One vector of masks: a weight is kept where low < high.
+template <bool kHard>
+struct MaskVector {
+  vf low;
+  vf high;
+  Surrogate soft;
+
+  // v times the mask
+  MODMASK_INLINE vf apply(const MaskVector& m, vf v) {
+    return kHard ? where_less(m.low, m.high, v) : m.soft.value * v;
+  }
+
+  MODMASK_INLINE vf values(const MaskVector& m) {
+    return kHard ? where_less(m.low, m.high, splat(1.0f)) : m.soft.value;
+  }
+};
+
+template <bool kHard, bool kSlope, bool kUnitTau, typename F>
+MODMASK_INLINE void for_mask_vectors_as(const RowNoise& row, int64_t n, float tau, const F& f) {
   const vf two24 = splat(kTwo24);
-  const vf one = splat(1.0f);
   const float inverse_tau = 1.0f / tau;
-  if (row.words == nullptr) {
+  if (row.words == nullptr) { // logit > 0, with the surrogate of u = 1/2
     const vf half = splat(kTwo24 / 2);
     for (int64_t i = 0; i < n; i += kLanes) {
-      const vf logit = load_part(row.logits + i, n - i);
-      Surrogate s{};
+      MaskVector<kHard> m{vf{}, load_part(row.logits + i, n - i), {}};
       if constexpr (kSlope || !kHard) {
-        const vf ue = half * load(row.exp_minus + i);
-        s = tau == 1.0f ? surrogate<true>(ue, half, 1.0f)
-                        : surrogate<false>(ue, half, inverse_tau);
+        m.soft = surrogate<kUnitTau>(half * load(row.exp_minus + i), half, inverse_tau);
       }
-      f(i, kHard ? where_less(vf{}, logit, one) : s.value, s.slope);
+      f(i, m);
     }
     return;
   }
-  const bool unit = tau == 1.0f;
   for (int64_t i = 0; i < n; i += kLanes) {
     const vf u = noise_value(load(row.words + i));
-    const vf ue = u * load(row.exp_minus + i);
-    const vf rest = two24 - u;
-    Surrogate s{};
+    MaskVector<kHard> m{u * load(row.exp_minus + i), two24 - u, {}};
     if constexpr (kSlope || !kHard) {
-      s = unit ? surrogate<true>(ue, rest, 1.0f) : surrogate<false>(ue, rest, inverse_tau);
+      m.soft = surrogate<kUnitTau>(m.low, m.high, inverse_tau);
     }
-    f(i, kHard ? where_less(ue, rest, one) : s.value, s.slope);
+    f(i, m);
+  }
+}
+
+// f(i, masks) for every vector of the row; kSlope = false leaves the slope uncomputed.
+template <bool kHard, bool kSlope, typename F>
+MODMASK_INLINE void for_mask_vectors(const RowNoise& row, int64_t n, float tau, const F& f) {
+  if (tau == 1.0f || (kHard && !kSlope)) {
+    for_mask_vectors_as<kHard, kSlope, true>(row, n, tau, f);
+  } else {
+    for_mask_vectors_as<kHard, kSlope, false>(row, n, tau, f);
   }
 }
 
@@ -53,7 +71,7 @@ class RowMasks {
             static_cast<uint32_t>(spec.sample_offset + sample),
             static_cast<uint32_t>(tensor_id)) {}
 
-  // `words` must hold padded(n + 3) words and kLanes more.
+  // `words` must hold words_needed(n).
   RowNoise row(
       int64_t element,
       int64_t n,
@@ -69,10 +87,6 @@ class RowMasks {
   bool threshold_;
   NoiseStream stream_;
 };
-
-constexpr int64_t words_needed(int64_t n) {
-  return padded(n + 3) + kNoiseStep;
-}
 
 // exp(-logit) of a row, padded to whole vectors.
 inline void exp_minus_row(const float* logits, int64_t n, float* out) {

@@ -11,8 +11,46 @@ namespace modmask::MODMASK_CAPABILITY {
 
 constexpr int64_t kForwardRows = 24; // of the weight tile
 constexpr int64_t kForwardDepth = 256;
-constexpr int64_t kBackwardRows = 60;
+constexpr int64_t kBackwardRows = 24;
+constexpr int64_t kBackwardColumns = 256;
 constexpr int64_t kOutputTile = 16384; // floats of y kept per task
+
+// The rows of a tile lie on different pages, where the hardware does not prefetch ahead.
+constexpr int64_t kPrefetchRows = 3;
+
+template <typename T>
+MODMASK_INLINE void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(T))) {
+    __builtin_prefetch(row + i);
+  }
+}
+
+// Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
+// `step` apart and padded with zeros (exp: with anything) to kTileColumns.
+template <typename T>
+void load_tile(
+    const T* weight,
+    const float* logits,
+    int64_t in,
+    int64_t o0,
+    int64_t rows,
+    int64_t i0,
+    int64_t n,
+    int64_t step,
+    float* wide,
+    float* exps) {
+  for (int64_t o = 0; o < rows; ++o) {
+    const int64_t element = (o0 + o) * in + i0;
+    if (o + kPrefetchRows < rows) {
+      prefetch_row(weight + element + kPrefetchRows * in, n);
+      prefetch_row(logits + element + kPrefetchRows * in, n);
+    }
+    exp_minus_row(logits + element, n, exps + o * step);
+    for (int64_t i = 0; i < padded(n); i += kLanes) {
+      store(wide + o * step + i, load_part(weight + element + i, n - i));
+    }
+  }
+}
 
 // ---- forward ----
 
@@ -104,9 +142,10 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
     const float* logits = p.logits + set * out * in;
     thread_local Scratch scratch;
     scratch.reserve(
-        2 * Scratch::need(kForwardRows * tile_step) + Scratch::need(words_needed(tile_step)) +
+        3 * Scratch::need(kForwardRows * tile_step) + Scratch::need(words_needed(tile_step)) +
         Scratch::need(spec.samples * kForwardRows * chunk) + 3 * Scratch::need(64));
     float* exps = scratch.floats(kForwardRows * tile_step);
+    float* wide = scratch.floats(kForwardRows * tile_step);
     float* tile = scratch.floats(kForwardRows * tile_step);
     uint32_t* words = scratch.words(words_needed(tile_step));
     float* result = scratch.floats(spec.samples * kForwardRows * chunk);
@@ -117,9 +156,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
       const int64_t r_count = padded_rows - r0 < chunk ? padded_rows - r0 : chunk;
       for (int64_t i0 = 0; i0 < in || i0 == 0; i0 += kForwardDepth) {
         const int64_t i_count = in - i0 < kForwardDepth ? in - i0 : kForwardDepth;
-        for (int64_t o = 0; o < o_count; ++o) {
-          exp_minus_row(logits + (o0 + o) * in + i0, i_count, exps + o * tile_step);
-        }
+        load_tile(weight, logits, in, o0, o_count, i0, i_count, tile_step, wide, exps);
         for (int64_t k = 0; k < spec.samples; ++k) {
           const RowMasks masks(spec, set, k, spec.tensor_id);
           for (int64_t o = 0; o < o_count; ++o) {
@@ -131,10 +168,9 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
                 logits + element,
                 words);
             float* to = tile + o * tile_step;
-            const T* w = weight + element;
-            for_mask_vectors<kHard, false>(noise, i_count, spec.tau, [&](int64_t i, vf m, vf) {
-              const vf wide = load_part(w + i, i_count - i);
-              store(to + i, kHard ? where_less(vf{}, m, wide) : m * wide);
+            const float* w = wide + o * tile_step;
+            for_mask_vectors<kHard, false>(noise, i_count, spec.tau, [&](int64_t i, auto& m) {
+              store(to + i, m.apply(m, load(w + i)));
             });
           }
           const int64_t g = set * spec.samples + k;
@@ -162,8 +198,8 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
           exp_minus_row(b_logits, o_count, bias_exps);
           const RowNoise noise = RowMasks(spec, set, k, p.bias_tensor_id)
                                      .row(o0, o_count, bias_exps, b_logits, words);
-          for_mask_vectors<kHard, false>(noise, o_count, spec.tau, [&](int64_t i, vf m, vf) {
-            store(bias_values + i, m * load(bias_values + i));
+          for_mask_vectors<kHard, false>(noise, o_count, spec.tau, [&](int64_t i, auto& m) {
+            store(bias_values + i, m.apply(m, load(bias_values + i)));
           });
         }
         const float* y_tile = result + k * kForwardRows * chunk;
@@ -182,21 +218,143 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
 
 // ---- backward ----
 
-// D of one group and one strip of inputs, handed on tile by tile: f(o, vectors c[rows][2]).
-template <typename F>
-MODMASK_INLINE void outer_products(
-    const float* dy,
-    int64_t out,
-    int64_t o_count,
-    const float* strip,
+// dy as float32 in blocks of kTileRows outputs, [block][row][kTileRows]: read along a column, the
+// strided rows of dy itself would collide in the first-level cache.
+template <typename T>
+void pack_dy(const T* dy, int64_t out, int64_t o_count, int64_t rows, float* packed) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < o_count; o += kTileRows) {
+      float* to = packed + o * rows + r * kTileRows;
+      const T* from = dy + r * out + o;
+      for (int64_t m = 0; m < kTileRows; ++m) {
+        to[m] = o + m < o_count ? widen(from[m]) : 0.0f;
+      }
+    }
+  }
+}
+
+// Columns per task: equal blocks of at most kBackwardColumns, so many that `threads` threads share
+// them evenly. How the columns are cut changes no sum.
+inline int64_t column_width(int64_t in, int64_t other_tasks, int64_t threads) {
+  int64_t blocks = ceil_div(in, kBackwardColumns);
+  while (blocks * other_tasks % threads != 0 && blocks * other_tasks < 8 * threads) {
+    ++blocks;
+  }
+  const int64_t width = padded(ceil_div(in, blocks));
+  return width > 2 * kTileColumns ? width : padded(in < 2 * kTileColumns ? in : 2 * kTileColumns);
+}
+
+// The tile of one task: outputs by inputs, rows `step` apart.
+struct BackwardTile {
+  int64_t o_count;
+  int64_t i_count;
+  int64_t step;
+  float* wide; // W
+  float* exps; // exp(-logit)
+  float* masked; // W * M
+  float* slopes; // W * slope
+  float* values; // M, where dweight is wanted
+  float* dlogits; // summed over samples
+  float* dweight; // summed over groups
+};
+
+template <bool kHard>
+void mask_tile(
+    const BackwardTile& t,
+    const MaskSpec& spec,
+    const RowMasks& masks,
+    const float* logits,
+    int64_t in,
+    int64_t first_element,
+    uint32_t* words) {
+  for (int64_t o = 0; o < t.o_count; ++o) {
+    const int64_t at = o * t.step;
+    const int64_t element = first_element + o * in;
+    const RowNoise noise = masks.row(
+        spec.element_offset + element, t.i_count, t.exps + at, logits + element, words);
+    const float* wide = t.wide + at;
+    float *masked = t.masked + at, *slopes = t.slopes + at, *values = t.values + at;
+    const auto fill = [&](auto keep_values) {
+      for_mask_vectors<kHard, true>(noise, t.i_count, spec.tau, [&](int64_t i, auto& m) {
+        const vf w = load(wide + i);
+        store(masked + i, m.apply(m, w));
+        store(slopes + i, m.soft.slope * w);
+        if constexpr (decltype(keep_values)::value) {
+          store(values + i, m.values(m));
+        }
+      });
+    };
+    if (t.dweight != nullptr) {
+      fill(std::true_type{});
+    } else {
+      fill(std::false_type{});
+    }
+    // the part of the last strip beyond `in`
+    for (int64_t i = padded(t.i_count, kLanes); i < padded(t.i_count); i += kLanes) {
+      store(masked + i, vf{});
+      store(slopes + i, vf{});
+      store(values + i, vf{});
+    }
+  }
+}
+
+// Adds D * slopes and D * values of one strip of inputs, starting at column i of the tile.
+template <bool kLogits, bool kWeight>
+void add_outer(
+    const BackwardTile& t,
+    int64_t i,
+    const float* packed_dy,
+    int64_t packed_rows,
+    const float* x_strip,
     int64_t rows,
-    const F& f) {
-  for (int64_t o = 0; o < o_count; o += kTileRows) {
-    with_rows(o_count - o, [&](auto tile_rows) {
+    bool first) {
+  for (int64_t o = 0; o < t.o_count; o += kTileRows) {
+    with_rows(t.o_count - o, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
-      multiply<kRows, 2>(dy + o, 1, out, strip, kTileColumns, rows, c);
-      f(o, c);
+      multiply<kRows, 2>(
+          packed_dy + o * packed_rows, 1, kTileRows, x_strip, kTileColumns, rows, c);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const int64_t at = (o + m) * t.step + i + v * kLanes;
+          if constexpr (kLogits) {
+            const vf g = c[m][v] * load(t.slopes + at);
+            store(t.dlogits + at, first ? g : g + load(t.dlogits + at));
+          }
+          if constexpr (kWeight) {
+            store(t.dweight + at, fma(c[m][v], load(t.values + at), load(t.dweight + at)));
+          }
+        }
+      }
+    });
+  }
+}
+
+// Adds dy (W * M) of one strip of inputs to dx, [row][kTileColumns].
+inline void add_dx(
+    const BackwardTile& t,
+    int64_t i,
+    const float* dy,
+    int64_t out,
+    int64_t rows,
+    float* dx_strip,
+    bool first) {
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    with_rows(rows - r, [&](auto tile_rows) {
+      constexpr int kRows = decltype(tile_rows)::value;
+      vf c[kRows][2];
+      multiply<kRows, 2>(dy + r * out, out, 1, t.masked + i, t.step, t.o_count, c);
+      float* to = dx_strip + r * kTileColumns;
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          float* part = to + m * kTileColumns + v * kLanes;
+          store(part, first ? c[m][v] : c[m][v] + load(part));
+        }
+      }
     });
   }
 }
@@ -206,176 +364,144 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   const MaskSpec& spec = p.mask;
   const int64_t groups = spec.sets * spec.samples;
   const int64_t in = p.in, out = p.out, rows = p.rows;
+  const int64_t all_rows = groups * rows;
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
+  const T* dy_given = static_cast<const T*>(d.dy);
   T* dx = static_cast<T*>(d.dx);
   T* dweight = static_cast<T*>(d.dweight);
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
+  const double copy_cost = static_cast<double>(all_rows * out);
 
-  thread_local Scratch wide_scratch;
+  constexpr bool kWiden = !__is_same(T, float);
+  const int64_t o_blocks = ceil_div(out, kBackwardRows);
+  const int64_t packed_block = kBackwardRows * all_rows;
+  thread_local Scratch shared_scratch;
+  shared_scratch.reserve(
+      Scratch::need(o_blocks * packed_block) + (kWiden ? Scratch::need(all_rows * out) : 0));
+  float* packed_dy = shared_scratch.floats(o_blocks * packed_block);
+  if (need_outer) {
+    run_tasks(runner, o_blocks, copy_cost, [&](int64_t t) {
+      const int64_t o0 = t * kBackwardRows;
+      const int64_t o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
+      pack_dy(dy_given + o0, out, o_count, all_rows, packed_dy + t * packed_block);
+    });
+  }
   const float* dy;
-  if constexpr (__is_same(T, float)) {
-    dy = static_cast<const float*>(d.dy);
-  } else {
-    wide_scratch.reserve(Scratch::need(groups * rows * out));
-    float* wide = wide_scratch.floats(groups * rows * out);
-    run_tasks(
-        runner, groups, static_cast<double>(groups * rows * out) / kLanes, [&](int64_t g) {
-          const int64_t at = g * rows * out;
-          widen_row(static_cast<const T*>(d.dy) + at, wide + at, rows * out);
-        });
+  if constexpr (kWiden) {
+    float* wide = shared_scratch.floats(all_rows * out);
+    run_tasks(runner, groups, copy_cost, [&](int64_t g) {
+      widen_row(dy_given + g * rows * out, wide + g * rows * out, rows * out);
+    });
     dy = wide;
+  } else {
+    dy = dy_given;
   }
 
   if (dx != nullptr || need_outer) {
     // a task owns a block of inputs; without dx, whose sums run over all outputs, also of outputs
-    const int64_t i_block = in <= 1024 ? 64 : 128;
-    const int64_t width = in < i_block ? padded(in) : i_block;
-    const int64_t i_blocks = ceil_div(in, i_block);
-    const int64_t o_tasks = dx != nullptr ? 1 : ceil_div(out, kBackwardRows);
+    const int64_t o_tasks = dx != nullptr ? 1 : o_blocks;
     // all sets share one weight, so its gradient is summed within a task
     const int64_t set_tasks = dweight != nullptr ? 1 : spec.sets;
+    const int64_t width = column_width(in, set_tasks * o_tasks, runner.threads);
+    const int64_t i_blocks = ceil_div(in, width);
     const int64_t sets_each = spec.sets / set_tasks;
     const int64_t rows_each = sets_each * spec.samples * rows;
     const double cost = static_cast<double>(out * in) *
         static_cast<double>(groups * (2 * rows + 12)) / kLanes;
 
-    run_tasks(runner, set_tasks * i_blocks * o_tasks, cost, [&](int64_t t) {
-      const int64_t o_task = t % o_tasks;
-      const int64_t i0 = t / o_tasks % i_blocks * i_block;
-      const int64_t first_set = t / o_tasks / i_blocks * sets_each;
-      const int64_t i_count = in - i0 < i_block ? in - i0 : i_block;
+    run_tasks(runner, set_tasks * i_blocks * o_tasks, cost, [&](int64_t task) {
+      const int64_t o_task = task % o_tasks;
+      const int64_t i0 = task / o_tasks % i_blocks * width;
+      const int64_t first_set = task / o_tasks / i_blocks * sets_each;
       const int64_t first_row = first_set * spec.samples * rows;
       thread_local Scratch scratch;
       const int64_t tile_size = kBackwardRows * width;
       scratch.reserve(
-          5 * Scratch::need(tile_size) + Scratch::need(words_needed(width)) +
+          7 * Scratch::need(tile_size) + Scratch::need(words_needed(width)) +
           2 * Scratch::need(rows_each * width));
-      float* exps = scratch.floats(tile_size);
-      float* tile = scratch.floats(tile_size);
-      float* slopes = scratch.floats(tile_size);
-      float* values = scratch.floats(tile_size);
-      float* dw_tile = scratch.floats(tile_size);
+      BackwardTile tile;
+      tile.i_count = in - i0 < width ? in - i0 : width;
+      tile.step = width;
+      tile.wide = scratch.floats(tile_size);
+      tile.exps = scratch.floats(tile_size);
+      tile.masked = scratch.floats(tile_size);
+      tile.slopes = scratch.floats(tile_size);
+      tile.values = scratch.floats(tile_size);
+      tile.dlogits = scratch.floats(tile_size);
+      tile.dweight = dweight != nullptr ? scratch.floats(tile_size) : nullptr;
       uint32_t* words = scratch.words(words_needed(width));
       float* x_strips = scratch.floats(rows_each * width); // [strip][row][kTileColumns]
       float* dx_strips = scratch.floats(rows_each * width);
+      const auto strip_at = [&](int64_t i, int64_t row) {
+        return i * rows_each + row * kTileColumns;
+      };
 
       if (need_outer) {
         for (int64_t r = 0; r < rows_each; ++r) {
           const T* from = x + (first_row + r) * in + i0;
-          for (int64_t i = 0; i < width; i += kLanes) {
-            float* to = x_strips + (i / kTileColumns * rows_each + r) * kTileColumns +
-                i % kTileColumns;
-            store(to, i < i_count ? load_part(from + i, i_count - i) : vf{});
+          for (int64_t i = 0; i < padded(tile.i_count); i += kLanes) {
+            store(
+                x_strips + strip_at(i / kTileColumns * kTileColumns, r) + i % kTileColumns,
+                load_part(from + i, tile.i_count - i));
           }
         }
       }
-      for (int64_t o0 = o_task * kBackwardRows; o0 < out;
-           o0 += dx != nullptr ? kBackwardRows : out) {
-        const int64_t o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
+      const int64_t last_block = dx != nullptr ? o_blocks : o_task + 1;
+      for (int64_t block = o_task; block < last_block; ++block) {
+        const int64_t o0 = block * kBackwardRows;
+        tile.o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
         if (dweight != nullptr) {
-          std::fill(dw_tile, dw_tile + o_count * width, 0.0f);
+          std::fill(tile.dweight, tile.dweight + tile.o_count * width, 0.0f);
         }
         for (int64_t set = first_set; set < first_set + sets_each; ++set) {
           const float* logits = p.logits + set * out * in;
-          for (int64_t o = 0; o < o_count; ++o) {
-            exp_minus_row(logits + (o0 + o) * in + i0, i_count, exps + o * width);
-          }
+          load_tile(
+              weight, logits, in, o0, tile.o_count, i0, tile.i_count, width, tile.wide, tile.exps);
           for (int64_t k = 0; k < spec.samples; ++k) {
-            const RowMasks masks(spec, set, k, spec.tensor_id);
-            for (int64_t o = 0; o < o_count; ++o) {
-              const int64_t element = (o0 + o) * in + i0;
-              const RowNoise noise = masks.row(
-                  spec.element_offset + element, i_count, exps + o * width, logits + element,
-                  words);
-              const T* w = weight + element;
-              const int64_t at = o * width;
-              const auto fill = [&](auto keep_values) {
-                for_mask_vectors<kHard, true>(
-                    noise, i_count, spec.tau, [&](int64_t i, vf m, vf slope) {
-                      const vf wide = load_part(w + i, i_count - i);
-                      store(tile + at + i, kHard ? where_less(vf{}, m, wide) : m * wide);
-                      store(slopes + at + i, slope * wide);
-                      if constexpr (decltype(keep_values)::value) {
-                        store(values + at + i, m);
-                      }
-                    });
-              };
-              if (dweight != nullptr) {
-                fill(std::true_type{});
-              } else {
-                fill(std::false_type{});
-              }
-              // the part of the last strip beyond `in`
-              for (int64_t i = padded(i_count, kLanes); i < padded(i_count); i += kLanes) {
-                store(tile + at + i, vf{});
-              }
-            }
-            const int64_t local = (set - first_set) * spec.samples + k;
-            const float* group_dy = dy + ((set * spec.samples + k) * rows) * out + o0;
-            for (int64_t strip = 0; strip * kTileColumns < i_count; ++strip) {
-              const int64_t i = strip * kTileColumns;
-              const int64_t columns = i_count - i < kTileColumns ? i_count - i : kTileColumns;
-              const int64_t at = (strip * rows_each + local * rows) * kTileColumns;
-              if (need_outer) {
-                outer_products(
-                    group_dy, out, o_count, x_strips + at, rows, [&](int64_t o, auto& c) {
-                      constexpr int kRows = sizeof(c) / sizeof(c[0]);
-#pragma GCC unroll 8
-                      for (int m = 0; m < kRows; ++m) {
-                        const int64_t from = (o + m) * width + i;
-                        float* dl = d.dlogits + (set * out + o0 + o + m) * in + i0 + i;
-#pragma GCC unroll 2
-                        for (int v = 0; v < 2; ++v) {
-                          const int64_t left = columns - v * kLanes;
-                          if (d.dlogits != nullptr && left > 0) {
-                            const vf g = c[m][v] * load(slopes + from + v * kLanes);
-                            float* to = dl + v * kLanes;
-                            store_part(to, k == 0 ? g : g + load_part(to, left), left);
-                          }
-                          if (dweight != nullptr && left > 0) {
-                            float* to = dw_tile + from + v * kLanes;
-                            store(to, fma(c[m][v], load(values + from + v * kLanes), load(to)));
-                          }
-                        }
-                      }
-                    });
+            mask_tile<kHard>(
+                tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, in, o0 * in + i0,
+                words);
+            const int64_t row = (set * spec.samples + k) * rows; // first of the group
+            const float* group_dy = packed_dy + block * packed_block + row * kTileRows;
+            for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
+              const float* x_strip = x_strips + strip_at(i, row - first_row);
+              if (d.dlogits != nullptr && dweight != nullptr) {
+                add_outer<true, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0);
+              } else if (d.dlogits != nullptr) {
+                add_outer<true, false>(tile, i, group_dy, all_rows, x_strip, rows, k == 0);
+              } else if (dweight != nullptr) {
+                add_outer<false, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0);
               }
               if (dx != nullptr) {
-                for (int64_t r = 0; r < rows; r += kTileRows) {
-                  with_rows(rows - r, [&](auto tile_rows) {
-                    constexpr int kRows = decltype(tile_rows)::value;
-                    vf c[kRows][2];
-                    multiply<kRows, 2>(group_dy + r * out, out, 1, tile + i, width, o_count, c);
-                    float* to = dx_strips + at + r * kTileColumns;
-#pragma GCC unroll 8
-                    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 2
-                      for (int v = 0; v < 2; ++v) {
-                        float* part = to + m * kTileColumns + v * kLanes;
-                        store(part, o0 == 0 ? c[m][v] : c[m][v] + load(part));
-                      }
-                    }
-                  });
-                }
+                float* dx_strip = dx_strips + strip_at(i, row - first_row);
+                add_dx(tile, i, dy + row * out + o0, out, rows, dx_strip, block == 0);
               }
+            }
+          }
+          if (d.dlogits != nullptr) {
+            for (int64_t o = 0; o < tile.o_count; ++o) {
+              narrow_row(
+                  tile.dlogits + o * width,
+                  d.dlogits + (set * out + o0 + o) * in + i0,
+                  tile.i_count);
             }
           }
         }
         if (dweight != nullptr) {
-          for (int64_t o = 0; o < o_count; ++o) {
-            narrow_row(dw_tile + o * width, dweight + (o0 + o) * in + i0, i_count);
+          for (int64_t o = 0; o < tile.o_count; ++o) {
+            narrow_row(tile.dweight + o * width, dweight + (o0 + o) * in + i0, tile.i_count);
           }
         }
       }
       if (dx != nullptr) {
         for (int64_t r = 0; r < rows_each; ++r) {
-          for (int64_t i = 0; i < i_count; i += kTileColumns) {
-            const int64_t columns = i_count - i < kTileColumns ? i_count - i : kTileColumns;
+          for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
+            const int64_t left = tile.i_count - i;
             narrow_row(
-                dx_strips + (i / kTileColumns * rows_each + r) * kTileColumns,
+                dx_strips + strip_at(i, r),
                 dx + (first_row + r) * in + i0 + i,
-                columns);
+                left < kTileColumns ? left : kTileColumns);
           }
         }
       }
@@ -412,11 +538,11 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           exp_minus_row(b_logits, count, exps);
           const RowNoise noise =
               RowMasks(spec, set, k, p.bias_tensor_id).row(o0, count, exps, b_logits, words);
-          for_mask_vectors<kHard, true>(noise, count, spec.tau, [&](int64_t i, vf m, vf slope) {
+          for_mask_vectors<kHard, true>(noise, count, spec.tau, [&](int64_t i, auto& m) {
             const vf sum = load(column + i);
             const vf b = load_part(bias + o0 + i, count - i);
-            store(total + i, fma(sum, m, load(total + i)));
-            store(d_logits + i, fma(sum * b, slope, load(d_logits + i)));
+            store(total + i, load(total + i) + m.apply(m, sum));
+            store(d_logits + i, fma(sum * b, m.soft.slope, load(d_logits + i)));
           });
         }
         if (d.dbias_logits != nullptr) {

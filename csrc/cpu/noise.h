@@ -9,6 +9,10 @@ constexpr int64_t padded(int64_t n, int64_t multiple = kNoiseStep) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+constexpr int64_t words_needed(int64_t n) {
+  return padded(n + 3);
+}
+
 // Round keys and the constant parts of the first two rounds: only the counter word e>>2 varies
 // within a stream, so one of the two products of each of these rounds is a constant.
 struct NoiseStream {
@@ -72,7 +76,7 @@ struct NoiseStream {
   }
 
   // Writes the words of elements element&~3 .. and returns where `element` itself lies in `out`,
-  // which must hold padded(n + 3) words.
+  // which must hold words_needed(n).
   const uint32_t* row(uint64_t element, int64_t n, uint32_t* out) const {
     const int64_t skip = static_cast<int64_t>(element & 3);
     vq quads;
@@ -138,7 +142,7 @@ struct Surrogate {
 template <bool kUnitTau>
 MODMASK_INLINE Surrogate surrogate(vf ue, vf rest, float inverse_tau) {
   if constexpr (kUnitTau) {
-    const vf inverse = 1.0f / (ue + rest);
+    const vf inverse = reciprocal(ue + rest);
     const vf s = rest * inverse;
     return {s, s * (ue * inverse)};
   } else {
@@ -149,7 +153,5 @@ MODMASK_INLINE Surrogate surrogate(vf ue, vf rest, float inverse_tau) {
     return {inverse, inverse * (ratio * inverse) * inverse_tau};
   }
 }
-
-enum class Mode { kHard, kSoft, kThreshold };
 
 } // namespace modmask::MODMASK_CAPABILITY

@@ -36,7 +36,8 @@ void sample_values(
                                      .row(spec.element_offset + begin, n, exps, from, words);
           float* to = values + (k * spec.sets + set) * count + begin;
           for_mask_vectors<kHard, false>(
-              noise, n, spec.tau, [&](int64_t i, vf m, vf) { store_part(to + i, m, n - i); });
+              noise, n, spec.tau,
+              [&](int64_t i, auto& m) { store_part(to + i, m.values(m), n - i); });
         }
       });
 }
@@ -101,8 +102,8 @@ inline void sample_backward(
           const RowNoise noise = RowMasks(spec, set, k, spec.tensor_id)
                                      .row(spec.element_offset + begin, n, exps, from, words);
           const float* d = dvalues + (k * spec.sets + set) * count + begin;
-          for_mask_vectors<true, true>(noise, n, spec.tau, [&](int64_t i, vf, vf slope) {
-            const vf g = slope * load_part(d + i, n - i);
+          for_mask_vectors<true, true>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+            const vf g = m.soft.slope * load_part(d + i, n - i);
             store_part(to + i, k == 0 ? g : g + load_part(to + i, n - i), n - i);
           });
         }

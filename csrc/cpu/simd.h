@@ -41,9 +41,9 @@ MODMASK_INLINE vf splat(float x) {
 
 // a < b ? a : b, so that a NaN in `a` gives b.
 MODMASK_INLINE vf minimum(vf a, vf b) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
-#elif MODMASK_LANES == 8 && defined(__AVX2__)
+#elif defined(MODMASK_AVX2)
   return (vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
@@ -51,9 +51,9 @@ MODMASK_INLINE vf minimum(vf a, vf b) {
 }
 
 MODMASK_INLINE vf maximum(vf a, vf b) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif MODMASK_LANES == 8 && defined(__AVX2__)
+#elif defined(MODMASK_AVX2)
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
@@ -62,20 +62,33 @@ MODMASK_INLINE vf maximum(vf a, vf b) {
 
 // a * b + c, fused where the hardware has it. Never used in the decision.
 MODMASK_INLINE vf fma(vf a, vf b, vf c) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif MODMASK_LANES == 8 && defined(__FMA__)
+#elif defined(MODMASK_AVX2)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
 }
 
+// 1 / a to about one unit in the last place, for positive, normal a below 2^125.
+MODMASK_INLINE vf reciprocal(vf a) {
+#if defined(MODMASK_AVX512)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)a);
+  return fma(r, (vf)_mm512_fnmadd_ps((__m512)a, (__m512)r, (__m512)splat(1.0f)), r);
+#elif defined(MODMASK_AVX2)
+  const vf r = (vf)_mm256_rcp_ps((__m256)a);
+  return fma(r, (vf)_mm256_fnmadd_ps((__m256)a, (__m256)r, (__m256)splat(1.0f)), r);
+#else
+  return 1.0f / a;
+#endif
+}
+
 // 64-bit products of the low halves of 64-bit lanes; the high halves are ignored.
 MODMASK_INLINE vq mul_low32(vq a, vq b) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif MODMASK_LANES == 8 && defined(__AVX2__)
+#elif defined(MODMASK_AVX2)
   return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif MODMASK_LANES == 4 && defined(__SSE2__)
   return (vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
@@ -86,7 +99,7 @@ MODMASK_INLINE vq mul_low32(vq a, vq b) {
 
 // v where a < b, else 0.
 MODMASK_INLINE vf where_less(vf a, vf b, vf v) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return (vf)_mm512_maskz_mov_ps(
       _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512)v);
 #else
@@ -96,9 +109,9 @@ MODMASK_INLINE vf where_less(vf a, vf b, vf v) {
 
 // Bit i set iff a[i] < b[i].
 MODMASK_INLINE uint32_t bits_less(vf a, vf b) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
-#elif MODMASK_LANES == 8 && defined(__AVX2__)
+#elif defined(MODMASK_AVX2)
   return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a < b)));
 #else
   const vi less = a < b;

@@ -89,9 +89,9 @@ MODMASK_INLINE vf load_wide(const BFloat16* p) {
 }
 
 MODMASK_INLINE vf load_wide(const Float16* p) {
-#if MODMASK_LANES == 16 && defined(__AVX512F__)
+#if defined(MODMASK_AVX512)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif MODMASK_LANES == 8 && defined(__F16C__)
+#elif defined(MODMASK_AVX2)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   vf v;
@@ -104,33 +104,44 @@ MODMASK_INLINE vf load_wide(const Float16* p) {
 
 // The first `count` of a vector, the rest 0.
 template <typename T>
+__attribute__((noinline, cold)) void load_tail(const T* p, int64_t count, float* out) {
+  for (int64_t i = 0; i < kLanes; ++i) {
+    out[i] = i < count ? widen(p[i]) : 0.0f;
+  }
+}
+
+__attribute__((noinline, cold)) inline void store_tail(float* p, const float* v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    p[i] = v[i];
+  }
+}
+
+template <typename T>
 MODMASK_INLINE vf load_part(const T* p, int64_t count) {
-  if (count >= kLanes) {
+  if (__builtin_expect(count >= kLanes, 1)) {
     return load_wide(p);
   }
-  float part[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    part[i] = widen(p[i]);
-  }
+  float part[kLanes];
+  load_tail(p, count, part);
   return load(part);
 }
 
 MODMASK_INLINE void store_part(float* p, vf v, int64_t count) {
-  if (count >= kLanes) {
+  if (__builtin_expect(count >= kLanes, 1)) {
     store(p, v);
   } else {
     float part[kLanes];
     store(part, v);
-    for (int64_t i = 0; i < count; ++i) {
-      p[i] = part[i];
-    }
+    store_tail(p, part, count);
   }
 }
 
 template <typename T>
 inline void narrow_row(const float* from, T* to, int64_t n) {
   if constexpr (__is_same(T, float)) {
-    __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store_part(to + i, load_part(from + i, n - i), n - i);
+    }
   } else {
     for (int64_t i = 0; i < n; ++i) {
       narrow(from[i], to[i]);
