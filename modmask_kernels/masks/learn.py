@@ -148,7 +148,7 @@ def _choose(
 
 def learn_masks(
     model: nn.Module,
-    loss: Loss,
+    loss: Loss | Mapping[str, Loss],
     data: Mapping[str, Data] | Data,
     steps: int,
     *,
@@ -185,7 +185,8 @@ def learn_masks(
 
     Args:
         model: a model with masked layers, all on one device.
-        loss: ``loss(output, batch) -> scalar``, called per set on its part of the output.
+        loss: ``loss(output, batch) -> scalar``, called per set on its part of the output; or one
+            such function for each set, by name.
         data: by name of the set a ``callable(step, generator) -> batch``. A batch is
             ``(inputs, targets, ...)`` or the inputs alone; inputs are a tensor, a tuple
             (positional arguments) or a dict (keyword arguments) with the batch in dimension
@@ -256,7 +257,12 @@ def learn_masks(
         mode=mode,
         batch_dim=batch_dim,
     )
-    learner = Learner(model, loss, _choose(model, data, sets), settings)
+    chosen = _choose(model, data, sets)
+    losses = loss if isinstance(loss, Mapping) else dict.fromkeys(chosen, loss)
+    missing = [name for name in chosen if not callable(losses.get(name))]
+    if missing:
+        raise TypeError(f"loss: expected a callable for set {missing[0]!r}, got {loss!r}")
+    learner = Learner(model, losses, chosen, settings)
     if checkpoint is not None:  # better now than after the first thousand steps
         for stream in learner.streams:
             learner.data_state(stream)

@@ -44,6 +44,7 @@ class Stream:
     name: str
     index: int
     data: Data
+    task_loss: Loss
     generator: torch.Generator
     noise_key: int
     lr: float
@@ -82,7 +83,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: Mapping[str, Loss],
         data: Mapping[str, Data],
         settings: Settings,
         *,
@@ -90,7 +91,6 @@ class Learner:
     ) -> None:
         """`immediate`: look at every step's loss at once; None decides by the device."""
         self.model = model
-        self.loss = loss
         self.settings = settings
         self.layers = masked_layers(model)
         self.tensors = masked_tensors(self.layers)
@@ -102,7 +102,9 @@ class Learner:
         self.seed = torch.zeros(first.sets, dtype=torch.int64, device=self.device)
         self.scale = torch.ones((), device=self.device)
 
-        by_index = {first.set_index(name): (name, source) for name, source in data.items()}
+        by_index = {
+            first.set_index(name): (name, source, loss[name]) for name, source in data.items()
+        }
         self.runs: list[Run] = []
         for start, count in _consecutive(sorted(by_index)):
             stop = start + count
@@ -129,7 +131,9 @@ class Learner:
             self.weights = self._trained_weights()
         self._weight_hash: str | None = None
 
-    def _stream(self, index: int, name: str, source: Data, rows: list[Tensor]) -> Stream:
+    def _stream(
+        self, index: int, name: str, source: Data, task_loss: Loss, rows: list[Tensor]
+    ) -> Stream:
         chosen, seed = self.settings, self.settings.seed
         generator = torch.Generator()
         generator.manual_seed(step_seed(stream_key(seed, name, "data"), 0))
@@ -139,6 +143,7 @@ class Learner:
             name=name,
             index=index,
             data=source,
+            task_loss=task_loss,
             generator=generator,
             noise_key=stream_key(seed, name, "noise"),
             lr=_positive(_of_set(chosen.lr, name, "lr"), "lr"),
@@ -205,20 +210,10 @@ class Learner:
             output = call_model(self.model, join(inputs, dim, step))
             outputs = cut(output, len(sizes), sizes[0], dim)
             losses = [
-                self._task_loss(*of_set)
-                for of_set in zip(run.streams, outputs, batches, strict=True)
+                _checked_loss(*of_set) for of_set in zip(run.streams, outputs, batches, strict=True)
             ]
             torch.autograd.backward(losses)
             self._update(run, losses, step)
-
-    def _task_loss(self, stream: Stream, output: Any, batch: Any) -> Tensor:
-        value = self.loss(output, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
-            raise ValueError(f"loss: expected a scalar tensor for set {stream.name!r}, got {got}")
-        if not value.requires_grad:
-            raise ValueError(f"loss: the loss of set {stream.name!r} does not depend on the masks")
-        return value
 
     def _update(self, run: Run, losses: Sequence[Tensor], step: int) -> None:
         several = len(run.streams)
@@ -420,6 +415,17 @@ class Learner:
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def _checked_loss(stream: Stream, output: Any, batch: Any) -> Tensor:
+    """The task loss of one set, ValueError unless it is a scalar that depends on the masks."""
+    value = stream.task_loss(output, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"loss: expected a scalar tensor for set {stream.name!r}, got {got}")
+    if not value.requires_grad:
+        raise ValueError(f"loss: the loss of set {stream.name!r} does not depend on the masks")
+    return value
 
 
 def _of_set(value: Any, name: str, argument: str) -> Any:

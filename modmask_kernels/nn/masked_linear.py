@@ -69,6 +69,8 @@ class MaskedLinear(nn.Module):
         active_sets: None for all sets, or ``(first, count)``. In mode "threshold" the batch is
             cut into as many groups as there are active sets, so choose one set to evaluate it.
         samples, tau, tensor_id, bias_tensor_id, batch_dim, set_names.
+        sample_offset: index of the first sample; rank r of a data-parallel job that shares the
+            seeds uses ``r * samples``.
         seed: int64 [sets], a buffer outside the state dict. None draws one seed per active set
             from torch's default generator at every forward pass.
 
@@ -145,6 +147,7 @@ class MaskedLinear(nn.Module):
         self.tensor_id = tensor_id
         self.bias_tensor_id = tensor_id + 1
         self.batch_dim = 0
+        self.sample_offset = 0
         self._mode: Mode | None = None
         self._active: tuple[int, int] | None = None
         # leaves over the logits of the active sets and their seeds, put here by a learning loop
@@ -304,6 +307,7 @@ class MaskedLinear(nn.Module):
             seed=None if mode == "threshold" else self._seed(logits.shape[0]),
             tensor_id=self.tensor_id,
             bias_tensor_id=self.bias_tensor_id,
+            sample_offset=self.sample_offset,
             samples=self.samples,
             tau=self.tau,
             hard=mode != "soft",

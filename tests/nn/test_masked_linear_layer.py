@@ -96,6 +96,8 @@ def test_samples_of_one_batch_equal_single_sample_passes():
             sample_offset=k,
         )
         torch.testing.assert_close(whole.chunk(4)[k], single)
+    layer.samples, layer.sample_offset = 2, 2  # the second of two data-parallel ranks
+    torch.testing.assert_close(layer(x[4:]), whole[4:])
 
 
 def test_the_mode_follows_training_unless_set():
