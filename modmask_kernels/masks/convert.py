@@ -40,6 +40,17 @@ class MaskedTensor(NamedTuple):
     tensor_id: int
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers; its names are the plain ones."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """The masked layers of a model by name, each once.
 
@@ -61,7 +72,7 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 def find_masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """As `masked_layers`, without the checks."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear)}
+    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, MaskedLinear)}
 
 
 def masked_tensors(layers: dict[str, MaskedLinear]) -> dict[str, MaskedTensor]:
@@ -207,6 +218,7 @@ def mask_model(
 
     Source: Csordás et al. 2021, "Are Neural Nets Modular?", sections 2 and 3.
     """
+    outer, model = model, unwrapped(model)
     names = name_sets(sets)
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {list(ESTIMATORS)}, got {estimator!r}")
@@ -249,10 +261,10 @@ def mask_model(
         replacement[id(linear)] = layer
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model = _replace(model, replacement)
-    record.shortcuts = _close_shortcuts(model)
-    setattr(model, _RECORD, record)
-    return model
+    masked_model = _replace(model, replacement)
+    record.shortcuts = _close_shortcuts(masked_model)
+    setattr(masked_model, _RECORD, record)
+    return outer if masked_model is model else masked_model
 
 
 def unmask_model(model: nn.Module) -> nn.Module:
@@ -273,6 +285,7 @@ def unmask_model(model: nn.Module) -> nn.Module:
     layers = find_masked_layers(model)
     if not layers:
         raise ValueError("model: expected masked layers, found none")
+    outer, model = model, unwrapped(model)
     record = model.__dict__.pop(_RECORD, None)
     replacement: dict[int, nn.Module] = {}
     for name, layer in layers.items():
@@ -287,13 +300,13 @@ def unmask_model(model: nn.Module) -> nn.Module:
         _share_hooks(layer, dense)
         dense.train(layer.training)
         replacement[id(layer)] = dense
-    model = _replace(model, replacement)
+    plain = _replace(model, replacement)
     if record is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in plain.named_parameters():
             parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
         for name, attribute, value in record.shortcuts:
-            setattr(model.get_submodule(name), attribute, value)
-    return model
+            setattr(plain.get_submodule(name), attribute, value)
+    return outer if plain is model else plain
 
 
 class _Switch:

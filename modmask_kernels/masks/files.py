@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .convert import find_masked_layers
+from .convert import find_masked_layers, unwrapped
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -58,7 +58,7 @@ def weight_hash(model: nn.Module) -> str:
         for p in (layer.weight_logits, layer.bias_logits)
     }
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in unwrapped(model).named_parameters():
         if id(parameter) in logits:
             continue
         if parameter.is_meta:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -49,9 +51,14 @@ class LearnResult:
     masks: dict[str, MaskSet]
 
 
-def _integer(value: object, argument: str, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument}: expected an integer of at least {least}, got {value!r}")
+def _integer(value: SupportsIndex, argument: str, least: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{argument}: expected an integer, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {number}")
+    return number
 
 
 @contextlib.contextmanager
@@ -232,10 +239,11 @@ def learn_masks(
             torch.nn.utils.clip_grad_norm_(logits, grad_clip)
             optimizer.step()
     """
-    _integer(steps, "steps", 0)
-    _integer(checkpoint_every, "checkpoint_every", 1)
-    _integer(callback_every, "callback_every", 1)
-    _integer(batch_dim, "batch_dim", 0)
+    steps = _integer(steps, "steps", 0)
+    seed = _integer(seed, "seed")
+    checkpoint_every = _integer(checkpoint_every, "checkpoint_every", 1)
+    callback_every = _integer(callback_every, "callback_every", 1)
+    batch_dim = _integer(batch_dim, "batch_dim", 0)
     if mode not in LEARNING_MODES:
         raise ValueError(f"mode: expected one of {list(LEARNING_MODES)}, got {mode!r}")
     beta1, beta2 = betas
@@ -296,7 +304,15 @@ def learn_masks(
         saved = done
         label = description or f"masks {', '.join(s.name for s in learner.streams)}"
         with (
-            tqdm(total=steps, initial=done, desc=label, unit="step", disable=not progress) as bar,
+            tqdm(
+                total=steps,
+                initial=done,
+                desc=label,
+                unit="step",
+                disable=not progress,
+                # a log file gets a line now and then, a terminal a moving bar
+                mininterval=0.1 if sys.stderr.isatty() else 10.0,
+            ) as bar,
             _deferred_interrupt() as interrupted,
         ):
             for step in range(done, steps):

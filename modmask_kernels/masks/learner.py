@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..nn import MaskedLinear
 from .batches import batch_size, call_model, cut, inputs_of, join
 from .checkpoint import check_storable
-from .convert import MaskedTensor, find_record, masked_layers, masked_tensors
+from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
 from .files import weight_hash
 from .seeds import step_seed, stream_key
 
@@ -175,7 +175,7 @@ class Learner:
         trained = {} if record is None else record.requires_grad
         return [
             p
-            for n, p in self.model.named_parameters()
+            for n, p in unwrapped(self.model).named_parameters()
             if id(p) not in logits and p.is_floating_point() and trained.get(n, True)
         ]
 

@@ -22,6 +22,7 @@ from .convert import (
     masked_layers,
     masked_tensors,
     unmask_model,
+    unwrapped,
 )
 from .files import weight_hash, write_whole
 
@@ -307,7 +308,7 @@ class MaskSet(Mapping[str, Tensor]):
             strict: whether the weights must be those the masks were learned for (by hash, if the
                 set knows it); otherwise names and shapes have to fit.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
         for name, shape in self._shapes.items():
             if name not in parameters:
                 raise ValueError(f"the masks are for another model: it has no parameter {name!r}")
@@ -381,7 +382,7 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: if the masks are for another model.
         """
         self.check(model, strict=strict)
-        baked = copy.deepcopy(model)
+        baked = copy.deepcopy(unwrapped(model))
         layers = find_masked_layers(baked)
         linears: dict[str, nn.Module] = {
             name: module

@@ -344,6 +344,28 @@ def test_a_masked_model_compiles_as_one_graph():
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_names_are_those_of_the_wrapped_model(wrap):
+    model = mlp()
+    outer = wrap(model)
+    assert mask_model(outer) is outer
+    assert (
+        MaskSet.from_model(outer).names
+        == MaskSet.from_model(model).names
+        == [
+            "0.weight",
+            "2.weight",
+        ]
+    )
+    assert weight_hash(outer) == weight_hash(model)
+    masks = MaskSet.from_model(outer)
+    masks.apply(outer)
+    assert [type(m) for m in masks.bake(outer)] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert unmask_model(outer) is outer
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert isinstance(mask_model(wrap(nn.Linear(2, 2))), MaskedLinear)
+
+
 def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match=r"expected at least one torch.nn.Linear$"):
         mask_model(nn.ReLU())

@@ -464,7 +464,8 @@ def test_a_compiled_model_learns_the_same():
     torch.compiler.reset()
     plain, model = masked(), masked()
     learn(plain, steps=4)
-    learn(torch.compile(model, backend="aot_eager", fullgraph=True), steps=4)
+    result = learn(torch.compile(model, backend="aot_eager", fullgraph=True), steps=4)
+    assert result.masks["add"].names == ["0.weight", "2.weight", "4.weight"]
     for name, expected in logits_of(plain).items():
         torch.testing.assert_close(logits_of(model)[name], expected, rtol=1e-4, atol=1e-4)
 
@@ -683,7 +684,9 @@ def test_logits_elsewhere_than_the_weight():
 def test_wrong_settings_are_named():
     model = masked()
     cases = {
-        "steps: expected an integer of at least 0, got -1": {"steps": -1},
+        "steps: expected at least 0, got -1": {"steps": -1},
+        "steps: expected an integer, got 1.5": {"steps": 1.5},
+        "seed: expected an integer, got 'x'": {"seed": "x"},
         "lr: expected a positive number, got 0": {"lr": 0},
         "penalty: expected a finite number, got nan": {"penalty": math.nan},
         "penalty: no value for set 'add', got \\['control'\\]": {"penalty": {"control": 1.0}},
