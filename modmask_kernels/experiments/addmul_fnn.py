@@ -108,9 +108,15 @@ class AddMulSettings(Settings):
 PAPER = AddMulSettings()
 # the calibrated small setting: raised mask learning rate and penalty make up for the few steps
 QUICK = AddMulSettings(
-    digits=1, size="tiny", steps=1500, mask_steps=3000, mask_lr=0.05, penalty=5e-3
+    digits=1,
+    size="tiny",
+    steps=1500,
+    mask_steps=3000,
+    mask_lr=0.05,
+    penalty=5e-3,
+    stability=True,
 )
-SMOKE = QUICK.replace(size="mini", steps=300, mask_steps=60, checkpoint_every=25)
+SMOKE = QUICK.replace(size="mini", steps=300, mask_steps=60, stability=False, checkpoint_every=25)
 PRESETS = {"paper": PAPER, "quick": QUICK, "smoke": SMOKE}
 
 
@@ -569,7 +575,11 @@ def half_mask_test(run: Run, early: int | None = None) -> str:
 def histogram_test(run: Run, bins: int = 10) -> str:
     """Histogram of the keep probabilities of every mask, and its undecided share."""
     _, folders = _folders(run)
-    header = ["weights with keep probability", *(f"< {(i + 1) / bins:.3g}" for i in range(bins))]
+    header = [
+        "weights with keep probability",
+        *(f"< {i / bins:.3g}" for i in range(1, bins)),
+        "≤ 1",
+    ]
     rows = []
     for folder in folders:
         for key in SETS:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..report import (
@@ -54,6 +54,11 @@ def short(statistic: Statistic) -> str:
     mean = float(statistic["mean"])
     digits = 0 if mean == round(mean) or 10 <= mean < 99 else 1 if mean >= 1 else 2
     return f"{mean:.{digits}f}"
+
+
+def constant(statistic: Statistic) -> str:
+    """A whole number that is the same in all runs."""
+    return f"{statistic['mean']:,.0f}"
 
 
 def every(statistic: Statistic, low: float = float("-inf"), high: float = float("inf")) -> bool:
@@ -118,7 +123,7 @@ class _Reader:
         kept = self.whole["kept_percent"]["control"]
         text = (
             "The control mask, learned on both operations, keeps "
-            f"{format_count(self.whole['kept']['control'])} of {format_count(self.whole['size'])} "
+            f"{format_count(self.whole['kept']['control'])} of {constant(self.whole['size'])} "
             f"weights ({format_percent(kept)}) and answers {self.both('control')}."
         )
         lost = [
@@ -150,12 +155,14 @@ class _Reader:
             f"{format_percent(other['mul'])} of the additions."
         )
         keeps = all(every(difference(control[op], own[op]), high=CLOSE) for op in OPERATIONS)
-        fall = {
-            "add": difference(control["mul"], other["add"]),
-            "mul": difference(control["add"], other["mul"]),
-        }
-        ruined = all(every(f, low=50) for f in fall.values())
-        weaker = all(every(f, low=10) for f in fall.values())
+        # what is left of the other operation, as a fraction of what the control mask leaves
+        left = [
+            x / max(y, 1e-9)
+            for op, rest in (("add", "mul"), ("mul", "add"))
+            for x, y in zip(other[op]["values"], control[rest]["values"], strict=True)
+        ]
+        ruined = all(fraction <= 0.5 for fraction in left)
+        weaker = all(fraction <= 0.9 for fraction in left)
         if keeps and ruined:
             return Finding("Each mask keeps its own operation and loses the other.", text)
         if ruined:
@@ -201,9 +208,8 @@ class _Reader:
             f"the + mask's weights are in the × mask too and {format_percent(shared['mul'])} of "
             "the × mask's in the + mask."
         )
-        stability = self.summary.get("tests", {}).get("stability")
-        if stability:
-            again = stability["hidden"]
+        again = self.again()
+        if again is not None:
             text += (
                 " For comparison, a mask learned a second time for the same operation agrees with "
                 f"the first to {format_statistic(again['add'], 3)} (+) and "
@@ -219,6 +225,14 @@ class _Reader:
             )
         ratio = iou["mean"] / chance["mean"] if chance["mean"] else float("inf")
         if all(x > 1.5 * y for x, y in zip(iou["values"], chance["values"], strict=True)):
+            if again is not None and all(
+                every(again[op], low=2 * max(iou["values"])) for op in OPERATIONS
+            ):
+                return Finding(
+                    "The operations share weights, more than by chance and far fewer than two "
+                    "masks of one operation.",
+                    text,
+                )
             most = all(every(shared[op], high=50) for op in OPERATIONS)
             times = f"{ratio:.0f} times" if ratio >= 3 else f"{ratio:.1f} times"
             return Finding(
@@ -229,6 +243,11 @@ class _Reader:
         return Finding(
             "In the hidden layers the masks overlap hardly more than by chance.", text, sure=False
         )
+
+    def again(self) -> dict[str, Statistic] | None:
+        """IoU of every mask with its repetition in the hidden layers, if that was measured."""
+        stability = self.summary.get("tests", {}).get("stability")
+        return None if stability is None else stability["hidden"]
 
     def inverse(self) -> Finding:
         not_add, not_mul = self.accuracy["not_add"], self.accuracy["not_mul"]
@@ -287,27 +306,27 @@ class _Reader:
         count = len(half["early"])
         text = (
             f"With the control mask on the first {count} of {len(self.layers)} layers only, "
-            f"accuracy is {self.drop(early)} than with the whole mask; with the mask on the other "
-            f"layers only, {self.drop(late)}."
+            f"accuracy changes by {self.change(early)} against the whole mask; with the mask on "
+            f"the other layers only, by {self.change(late)}."
         )
-        small = all(every(s, high=5) for part in (early, late) for s in part.values())
-        if small:
+        drops = [s for part in (early, late) for s in part.values()]
+        if all(every(s, high=5) for s in drops):
             return Finding("Masked and unmasked layers still fit together.", text)
-        return Finding(
-            "Half a control mask does not do: the layers it leaves whole add signals that the "
-            "others do not expect.",
-            text,
-        )
+        if max(s["mean"] for s in drops) < 20:
+            return Finding(
+                "Masked and unmasked layers fit together, at some cost.", text, sure=False
+            )
+        return Finding("Half a control mask is worse than a whole one.", text)
 
     @staticmethod
-    def drop(drops: Mapping[str, Statistic]) -> str:
-        """ "3.0 points lower (additions) and 1.0 points higher (multiplications)" """
+    def change(drops: Mapping[str, Statistic]) -> str:
+        """ "-3.0 points (additions) and +1.0 points (multiplications)" """
         words = []
         for op, name in OPERATIONS.items():
             s = drops[op]
-            size = {**s, "mean": abs(s["mean"])}
-            side = "lower" if s["mean"] >= 0 else "higher"
-            words.append(f"{format_statistic(size)} points {side} ({name})")
+            spread = "" if s["std"] is None else f" ± {s['std']:.1f}"
+            value = f"{0.0 - s['mean']:+.1f}".replace("-", "\N{MINUS SIGN}")
+            words.append(f"{value}{spread} points ({name})")
         return " and ".join(words)
 
     def decided(self) -> Finding:
@@ -412,79 +431,78 @@ class _Reader:
         return 100 * 100 / (100 + self.chance())
 
     def kept_table(self) -> Table:
-        def row(title: str, part: Mapping[str, Any]) -> list[str]:
-            counts = (
-                f"{format_count(part['kept'][k])} ({format_statistic(part['kept_percent'][k], 2)} "
-                "%)"
-                for k in MASK
-            )
-            return [title, format_count(part["size"]), *counts]
+        def cells(part: Mapping[str, Any]) -> list[str]:
+            kept, share = part["kept"], part["kept_percent"]
+            counts = (f"{format_count(kept[k])} ({format_percent(share[k], 2)})" for k in MASK)
+            return [constant(part["size"]), *counts]
 
-        rows = [row(self.layer_label(layer), layer) for layer in self.layers]
-        if len(self.layers) > 3:
-            rows.append(row("hidden together", self.hidden))
-        rows.append(row("all", self.whole))
         return Table(
             "Kept weights per layer",
             ["", "weights", "control mask", "+ mask", "× mask"],
-            rows,
+            self.rows(cells),
             note=f"The × mask keeps {format_statistic(self.whole['mul_to_add'], 2)} times as many "
             "weights as the + mask.",
         )
 
-    def overlap_table(self) -> Table:
-        def row(title: str, part: Mapping[str, Any]) -> list[str]:
-            return [
-                title,
-                format_statistic(part["iou"], 3),
-                format_statistic(part["chance_iou"], 3),
-                format_statistic(part["io_min"], 3),
-                format_statistic(part["chance_io_min"], 3),
-                format_statistic(part["shared_percent"]["add"]),
-                format_statistic(part["shared_percent"]["mul"]),
-                format_statistic(part["chance_shared_percent"]["add"]),
-                format_statistic(part["chance_shared_percent"]["mul"]),
-            ]
-
-        rows = [row(self.layer_label(layer), layer) for layer in self.layers]
+    def rows(self, cells: Callable[[Mapping[str, Any]], list[str]]) -> list[list[str]]:
+        """A row per layer, one for the hidden layers if there are several, one for all."""
+        rows = [[self.layer_label(layer), *cells(layer)] for layer in self.layers]
         if len(self.layers) > 3:
-            rows.append(row("hidden together", self.hidden))
-        rows.append(row("all", self.whole))
+            rows.append(["hidden together", *cells(self.hidden)])
+        return [*rows, ["all", *cells(self.whole)]]
+
+    def overlap_table(self) -> Table:
+        names = ("iou", "chance_iou", "io_min", "chance_io_min")
         return Table(
             "Overlap of the + and the × mask",
-            [
-                "",
-                "IoU",
-                "by chance",
-                "IoMin",
-                "by chance",
-                "shared, % of +",
-                "shared, % of ×",
-                "by chance, +",
-                "by chance, ×",
-            ],
-            rows,
+            ["", "IoU", "by chance", "IoMin", "by chance"],
+            self.rows(lambda part: [format_statistic(part[name], 3) for name in names]),
             note="IoU: weights in both masks over weights in either. IoMin: weights in both over "
-            "the smaller mask. Shared: the part of one mask that is in the other too; the last row "
-            "is the study's total shared %. By chance: for independent masks that keep as many "
-            "weights.",
+            "the smaller mask. By chance: for independent masks that keep as many weights per "
+            "layer.",
         )
 
-    def remaining_table(self) -> Table:
-        rows = [
-            [
-                self.layer_label(layer),
-                *(format_statistic(layer["remaining_percent"][op]) for op in OPERATIONS),
-            ]
-            for layer in self.layers
-        ]
-        rows.append(
-            ["all", *(format_statistic(self.whole["remaining_percent"][op]) for op in OPERATIONS)]
+    def shared_table(self) -> Table:
+        def cells(part: Mapping[str, Any]) -> list[str]:
+            kinds = ("shared_percent", "chance_shared_percent")
+            return [format_statistic(part[kind][op]) for op in OPERATIONS for kind in kinds]
+
+        return Table(
+            "Weights of one mask that are in the other too, per cent",
+            ["", "of the + mask", "by chance", "of the × mask", "by chance"],
+            self.rows(cells),
+            note="The first column of the last row is the study's total shared %.",
         )
+
+    def stability_tables(self) -> list[Table]:
+        stability = self.summary.get("tests", {}).get("stability")
+        if stability is None:
+            return []
+        rows = [
+            [title, *(format_statistic(stability[part][key], 3) for key in MASK), other]
+            for part, title, other in (
+                ("hidden", "hidden layers", format_statistic(self.hidden["iou"], 3)),
+                ("all", "all layers", format_statistic(self.whole["iou"], 3)),
+            )
+        ]
+        return [
+            Table(
+                "How far a mask agrees with its repetition, IoU",
+                ["", "control", "+", "×", "+ with ×"],
+                rows,
+                note="Every mask was learned a second time over the same network, with other data "
+                "order and noise. The last column, for comparison, is the overlap of the two "
+                "operations.",
+            )
+        ]
+
+    def remaining_table(self) -> Table:
         return Table(
             "How much of the control mask is in the other masks, per cent of its weights",
             ["", "+ mask", "× mask"],
-            rows,
+            self.rows(
+                lambda part: [format_statistic(part["remaining_percent"][op]) for op in OPERATIONS]
+            ),
         )
 
     def half_table(self) -> Table:
@@ -728,7 +746,7 @@ class _Reader:
         return Figure(
             "kept",
             "Weights that each mask keeps, per layer. The layers have "
-            f"{self.listed([format_count(layer['size']) for layer in self.layers])} "
+            f"{self.listed([constant(layer['size']) for layer in self.layers])} "
             f"weights.{self.whiskers()}",
             "Bar chart of kept weights per layer and mask; the numbers are in the table below.",
             draw,
@@ -948,7 +966,13 @@ class _Reader:
                     "masks of that size would share by chance."
                 ],
                 [self.kept_figure(), self.overlap_figure()],
-                [self.kept_table(), self.overlap_table(), self.remaining_table()],
+                [
+                    self.kept_table(),
+                    self.overlap_table(),
+                    self.shared_table(),
+                    *self.stability_tables(),
+                    self.remaining_table(),
+                ],
             ),
             Section(
                 "How decided the masks are, and half a mask",
@@ -990,7 +1014,7 @@ class _Reader:
         return (
             f"Preset {self.results.preset}, {seeds}: {digits} numbers, results modulo "
             f"{10**s.digits}, a network with hidden layers {widths} "
-            f"({name}{format_count(self.whole['size'])} masked weights), {s.steps:,} steps of "
+            f"({name}{constant(self.whole['size'])} masked weights), {s.steps:,} steps of "
             f"training and {s.mask_steps:,} steps per mask."
         )
 

@@ -62,12 +62,15 @@ class Results:
 
 def format_statistic(statistic: Mapping[str, Any], digits: int = 1) -> str:
     """Mean, with the sample standard deviation if there are several runs: "41.3 ± 0.8"."""
-    mean = f"{statistic['mean']:,.{digits}f}"
+    mean = f"{statistic['mean']:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
     return mean if statistic["std"] is None else f"{mean} ± {statistic['std']:,.{digits}f}"
 
 
 def format_percent(statistic: Mapping[str, Any], digits: int = 1) -> str:
-    """A percentage with its sign: "41.3 ± 0.8 %"."""
+    """A percentage for prose: "41.3 ± 0.8 %", but "100 %" where all runs have that number."""
+    values = set(statistic["values"])
+    if len(values) == 1 and statistic["mean"] == round(statistic["mean"]):
+        return f"{statistic['mean']:.0f} %"
     return f"{format_statistic(statistic, digits)} %"
 
 

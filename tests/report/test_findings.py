@@ -68,8 +68,8 @@ def test_clear_outcome(reader):
     assert "Masked and unmasked layers still fit together." in findings
     assert "The masks are close to binary." in findings
     assert reader.network().text == (
-        "Without any mask it answers 100.0 ± 0.0 % of the additions and 100.0 ± 0.0 % of the "
-        "multiplications correctly."
+        "Without any mask it answers 100 % of the additions and 100 % of the multiplications "
+        "correctly."
     )
 
 
@@ -93,6 +93,14 @@ def test_one_bad_seed_is_enough_for_a_qualifier(reader):
     rates(reader, "add", add=(100, 90))
     assert not reader.specialisation().sure
     assert "does not fully keep its own" in reader.specialisation().headline
+
+
+def test_specialisation_is_relative_to_the_control(reader):
+    """Where the control itself is weak, losing all of the other operation is still a loss."""
+    rates(reader, "control", mul=(28, 28))
+    rates(reader, "mul", mul=(28, 29))
+    rates(reader, "add", mul=(0.4, 0.4))
+    assert "keeps its own operation and loses the other" in reader.specialisation().headline
 
 
 def test_weak_and_absent_specialisation(reader):
@@ -150,9 +158,13 @@ def test_inverse(reader, not_add, not_mul, words):
 
 def test_half_masks(reader):
     reader.summary["half_mask"]["early_drop"]["add"] = stat(40, 45)
-    assert "Half a control mask does not do" in reader.halves().headline
+    assert reader.halves().headline == "Half a control mask is worse than a whole one."
+    reader.summary["half_mask"]["early_drop"]["add"] = stat(3, 8)
+    assert not reader.halves().sure
+    assert "at some cost" in reader.halves().headline
     reader.summary["half_mask"]["early_drop"]["add"] = stat(-3, -3)
-    assert "3.0 ± 0.0 points higher (additions)" in reader.halves().text
+    text = reader.halves().text
+    assert "+3.0 ± 0.0 points (additions) and \N{MINUS SIGN}1.0 ± 0.0 points" in text
 
 
 def test_unsettled_masks(reader):
@@ -164,8 +176,15 @@ def test_unsettled_masks(reader):
 
 def test_stability_is_told_when_it_was_measured(reader):
     assert "second time" not in reader.sharing().text
-    reader.summary["tests"] = {"stability": {"hidden": {"add": stat(0.6), "mul": stat(0.7)}}}
+    assert reader.stability_tables() == []
+    again = {key: stat(0.6, 0.65) for key in ("control", "add", "mul")}
+    reader.summary["tests"] = {"stability": {"hidden": again, "all": again}}
     assert "a second time" in reader.sharing().text
+    assert "far fewer than two masks of one operation" in reader.sharing().headline
+    (table,) = reader.stability_tables()
+    assert table.rows[0][1] == "0.625 ± 0.035"
+    again["mul"] = stat(0.3, 0.65)
+    assert "far fewer" not in reader.sharing().headline
 
 
 def test_limits_say_what_was_run(results):

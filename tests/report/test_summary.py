@@ -43,6 +43,7 @@ def test_statistics_as_text():
     assert format_statistic(single) == "41.3"
     assert format_statistic(several) == "1,234.5 ± 0.2"
     assert format_percent(single) == "41.3 %"
+    assert format_percent({"mean": 100.0, "std": 0.0, "values": [100.0, 100.0]}) == "100 %"
     assert format_count(several) == "1,234 ± 0"
 
 
