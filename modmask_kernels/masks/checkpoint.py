@@ -65,4 +65,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: checkpoint of format version {state.get('format_version')!r}, "
             f"expected {FORMAT_VERSION}"
         )
+    step, seconds, metrics = (state.get(key) for key in ("step", "time", "metrics"))
+    if type(step) is not int or type(seconds) is not float or type(metrics) is not list:
+        raise ValueError(f"{path}: the checkpoint is damaged (step, time or metrics)")
     return state

@@ -279,10 +279,10 @@ def learn_masks(
     with _learning(learner, mode):
         if resume and checkpoint is not None and Path(checkpoint).exists():
             state = load_checkpoint(checkpoint)
-            learner.load_state(state)
             done, earlier, metrics = state["step"], state["time"], state["metrics"]
             if done > steps:
                 raise ValueError(f"steps: the checkpoint has {done} steps, more than {steps}")
+            learner.load_state(state)
         start = time.perf_counter() - earlier
 
         def save(step: int) -> None:

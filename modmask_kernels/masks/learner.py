@@ -387,34 +387,56 @@ class Learner:
             "rng": rng,
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; ValueError names the setting if it is of another run."""
+    def _check_identity(self, state: Mapping[str, Any]) -> None:
+        identity = state.get("identity")
         for name, value in self.identity().items():
-            found = state["identity"].get(name)
+            found = identity.get(name) if isinstance(identity, dict) else None
             if found != value:
                 raise ValueError(
                     f"resume: the checkpoint is of another run: its {name} is {found!r}, "
                     f"now {value!r}"
                 )
-        for stream in self.streams:
-            own = state["sets"][stream.name]
-            for target, source in (
-                (stream.rows, own["logits"]),
-                (stream.exp_avgs, own["exp_avgs"]),
-                (stream.exp_avg_sqs, own["exp_avg_sqs"]),
-                ([stream.count], [own["count"]]),
-            ):
-                for into, values in zip(target, source, strict=True):
-                    into.copy_(values)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, or raise ValueError and leave everything as it is.
+
+        The message names the setting if the state is of another run.
+        """
+        self._check_identity(state)
+        try:
+            rng = state["rng"]
+            sets = [state["sets"][stream.name] for stream in self.streams]
+            pairs = [
+                pair
+                for stream, own in zip(self.streams, sets, strict=True)
+                for into, values in (
+                    (stream.rows, own["logits"]),
+                    (stream.exp_avgs, own["exp_avgs"]),
+                    (stream.exp_avg_sqs, own["exp_avg_sqs"]),
+                    ([stream.count], [own["count"]]),
+                )
+                for pair in zip(into, values, strict=True)
+            ]
+            weights = list(zip(self.weights, state["weight_grads"], strict=True))
+            fits = all(into.shape == values.shape for into, values in pairs)
+            generators = [own["generator"] for own in sets]
+            fits = fits and all(g.dtype == torch.uint8 for g in [*generators, rng["cpu"]])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"resume: the checkpoint is damaged ({error!r})") from None
+        if not fits:
+            raise ValueError("resume: the checkpoint is damaged (a tensor of wrong shape or type)")
+        for stream, own in zip(self.streams, sets, strict=True):
             stream.generator.set_state(own["generator"])
             load = getattr(stream.data, "load_state_dict", None)
             if load is not None:
                 load(own["data"])
-        for parameter, grad in zip(self.weights, state["weight_grads"], strict=True):
+        for into, values in pairs:
+            into.copy_(values)
+        for parameter, grad in weights:
             parameter.grad = None if grad is None else grad.to(parameter.device)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
 
 def _checked_loss(stream: Stream, output: Any, batch: Any) -> Tensor:

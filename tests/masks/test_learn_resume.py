@@ -233,6 +233,34 @@ def test_damaged_checkpoints_are_refused(tmp_path):
         load_checkpoint(tmp_path / "absent")
 
 
+DAMAGES = {
+    "sets": lambda s: s.pop("sets"),
+    "mul": lambda s: s["sets"].pop("mul"),
+    "logits": lambda s: s["sets"]["mul"].pop("logits"),
+    "shorter": lambda s: s["sets"]["mul"]["exp_avgs"].pop(),
+    "a tensor of wrong shape": lambda s: s["sets"]["add"].update(count=torch.zeros(2)),
+    "or type": lambda s: s["sets"]["add"].update(generator=torch.zeros(2)),
+    "shape": lambda s: s["sets"]["add"]["logits"][0].resize_(1, 2),
+    "rng": lambda s: s.pop("rng"),
+    "step, time or metrics": lambda s: s.update(step="3"),
+    "its sets is None": lambda s: s.update(identity=7),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_inconsistent_checkpoints_change_nothing(tmp_path, message):
+    path = tmp_path / "run.pt"
+    learn(masked(), data(), steps=3, checkpoint=path)
+    state = load_checkpoint(path)
+    DAMAGES[message](state)
+    save_checkpoint(path, state)
+    model = masked()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        learn(model, data(), checkpoint=path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
 def test_a_checkpoint_executes_nothing(tmp_path):
     class Malicious:
         def __reduce__(self):
