@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import sys
 import time
@@ -98,12 +97,15 @@ class SeedFolder:
 
     def begin(self) -> None:
         """Open a session of work on this seed."""
-        old = self._read_provenance()
+        old, now = self._read_provenance(), environment()
+        changed = [f"{k} {old[k]} to {now[k]}" for k in now if k in old and old[k] != now[k]]
+        if changed:
+            say(f"the bits may differ from those of an unbroken run: {', '.join(changed)}")
         self._seconds = dict(old.get("seconds", {}))
         self._record = {
             "sessions": old.get("sessions", 0) + 1,
             "started": old.get("started", _now()),
-            **environment(),
+            **now,
         }
         self._write_provenance()
 
@@ -132,17 +134,18 @@ def _processor() -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, as far as they can change bits or speed."""
-    from .. import __version__
+    from .. import __version__, _native
 
+    fused = _native.available() and _native.forced_backend() != "reference"
     return {
         "modmask_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "kernels": f"cpu, {_native.capability()}" if fused else "reference",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "backend": os.environ.get("MODMASK_BACKEND", "automatic"),
     }
 
 

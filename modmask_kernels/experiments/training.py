@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,15 @@ def train(
         first, rows = state["step"], state["rows"]
 
     model.train()
-    bar = tqdm(total=steps, initial=first, desc=description, unit="step", disable=not progress)
+    bar = tqdm(
+        total=steps,
+        initial=first,
+        desc=description,
+        unit="step",
+        disable=not progress,
+        # in a log file every refresh is a line
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
     with bar:
         for step in range(first, steps):
             batch = data(step, generator)

@@ -415,6 +415,23 @@ def test_provenance(run):
     assert set(record["seconds"]) == {"network", "masks", "evaluation"}
 
 
+def test_continuing_elsewhere_is_said(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_in(patch, "masks")
+        with pytest.raises(Killed):
+            start(path).execute(progress=False)
+    capsys.readouterr()
+    file = path / "seed-0" / "provenance.json"
+    file.write_text(file.read_text().replace(torch.__version__, "1.0"))
+    Run.open(path).execute(progress=False)
+    assert f"bits may differ from those of an unbroken run: torch 1.0 to {torch.__version__}" in (
+        capsys.readouterr().err
+    )
+    record = json.loads(file.read_text())
+    assert (record["sessions"], record["torch"]) == (2, torch.__version__)
+
+
 def test_a_folder_is_never_overwritten(tmp_path, run):
     with pytest.raises(FileExistsError, match="--resume"):
         start(run.path)
