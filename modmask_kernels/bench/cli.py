@@ -115,12 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.threads < 1:
             parser().error(f"--threads: expected at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    if not _native.available():
-        print(
-            f"the compiled kernels are absent, so this times the reference: {_native.LOAD_ERROR}",
-            file=sys.stderr,
-        )
     try:
+        if _native.forced_backend() == "reference":
+            print("MODMASK_BACKEND=reference: this times the reference", file=sys.stderr)
+        elif not _native.available():
+            print(
+                "the compiled kernels are absent, so this times the reference: "
+                f"{_native.LOAD_ERROR}",
+                file=sys.stderr,
+            )
         described = machine.describe()
         settings = {"format": _FORMAT, "quick": arguments.quick}
         path = arguments.out / "bench.json"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import ops
 from . import baselines
-from .timing import Timing, ratio, time_functions
+from .timing import Timing, ratio, summary, time_functions
 from .verify import (
     GateError,
     Problem,
@@ -284,15 +284,7 @@ def run_case(
         "absent": absent,
         "floor": floor_of(case, timings),
         "error_over_allowed": error_shares,
-        "seconds": {
-            name: {
-                "median": timing.median,
-                "p20": timing.p20,
-                "p80": timing.p80,
-                "calls": timing.calls,
-            }
-            for name, timing in timings.items()
-        },
+        "seconds": summary(timings),
     }
 
 

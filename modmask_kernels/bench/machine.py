@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import _native
 from ..experiments.run import environment
 
 
@@ -41,7 +40,6 @@ def describe() -> dict[str, Any]:
         **environment(),
         "processor_family": processor_family(),
         "cores": cores,
-        "kernels": _native.capability() or "reference only",
         "neurosurgeon": version_of("neurosurgeon"),
     }
 

@@ -21,7 +21,7 @@ from ..masks import learn_masks, mask_model
 from ..tasks import AddMul, digit_loss
 from .baselines import naive_masked_model
 from .linear import verdict
-from .timing import Visitor, interleaved, ratio
+from .timing import Visitor, interleaved, ratio, summary
 from .verify import GateError
 
 Batch = tuple[Tensor, Tensor]
@@ -198,15 +198,7 @@ def run_case(case: StepCase, *, rounds: int, visit_seconds: float = 0.2) -> dict
         "times_faster_than_naive": ratio(timings["naive"], timings["fused"]).value,
         "target": TARGET,
         "verdict": verdict(to_plain.value, TARGET),
-        "seconds": {
-            name: {
-                "median": timing.median,
-                "p20": timing.p20,
-                "p80": timing.p80,
-                "calls": timing.calls,
-            }
-            for name, timing in timings.items()
-        },
+        "seconds": summary(timings),
     }
 
 

@@ -30,6 +30,14 @@ class Timing:
     visits: tuple[float, ...]
 
 
+def summary(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    """The statistics of every candidate without the single visits, for JSON."""
+    return {
+        name: {"median": t.median, "p20": t.p20, "p80": t.p80, "calls": t.calls}
+        for name, t in timings.items()
+    }
+
+
 def percentile(values: Sequence[float], fraction: float) -> float:
     """Linear interpolation between order statistics; `fraction` in [0, 1]."""
     if not values:
