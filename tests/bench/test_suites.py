@@ -96,20 +96,18 @@ class TestTargets:
         assert set(linear.cases(quick=True)) <= set(rows)
 
     @pytest.mark.parametrize(
-        ("value", "target", "relaxed", "words"),
+        ("numbers", "words"),
         [
-            (1.4, 1.5, 1.6, "met"),
-            (1.5, 1.5, None, "met"),
-            (1.55, 1.5, 1.6, "met with the floor"),
-            (1.8, 1.5, 1.6, "missed by 20 %"),
-            (1.8, 1.5, None, "missed by 20 %"),
-            (9.9, None, None, "no target"),
+            ((1.4, 1.5, 1.6), "met"),
+            ((1.5, 1.5), "met"),
+            ((1.55, 1.5, 1.6, 1.4), "met with the floor"),
+            ((1.8, 1.5, 1.6, 1.4), "missed by 20 %"),
+            ((1.8, 1.5, None, 1.7), "missed by 20 %, floor above target"),
+            ((9.9, None), "no target"),
         ],
     )
-    def test_verdict(
-        self, value: float, target: float | None, relaxed: float | None, words: str
-    ) -> None:
-        assert linear.verdict(value, target, relaxed) == words
+    def test_verdict(self, numbers: tuple[Any, ...], words: str) -> None:
+        assert linear.verdict(*numbers) == words
 
 
 class TestLinear:
