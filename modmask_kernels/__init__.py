@@ -1,6 +1,24 @@
 """Fused kernels for learned weight masks, and the studies that stand on them."""
 
-from . import ops
+__version__ = "0.1.0"
 
-__version__ = "0.1.0.dev0"
-__all__ = ["ops"]
+from . import analysis, masks, nn, ops
+from .explain import explain
+from .masks import MaskSet, learn_masks, mask_model, set_mode, unmask_model, use_set
+from .nn import MaskedLinear
+
+__all__ = [
+    "MaskSet",
+    "MaskedLinear",
+    "__version__",
+    "analysis",
+    "explain",
+    "learn_masks",
+    "mask_model",
+    "masks",
+    "nn",
+    "ops",
+    "set_mode",
+    "unmask_model",
+    "use_set",
+]

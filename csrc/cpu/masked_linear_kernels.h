@@ -15,16 +15,6 @@ constexpr int64_t kBackwardRows = 24;
 constexpr int64_t kBackwardColumns = 256;
 constexpr int64_t kOutputTile = 16384; // floats of y kept per task
 
-// The rows of a tile lie on different pages, where the hardware does not prefetch ahead.
-constexpr int64_t kPrefetchRows = 3;
-
-template <typename T>
-MODMASK_INLINE void prefetch_row(const T* row, int64_t n) {
-  for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(T))) {
-    __builtin_prefetch(row + i);
-  }
-}
-
 // Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
 // `step` apart and padded with zeros (exp: with anything) to kTileColumns.
 template <typename T>
@@ -41,16 +31,79 @@ void load_tile(
     float* exps) {
   for (int64_t o = 0; o < rows; ++o) {
     const int64_t element = (o0 + o) * in + i0;
-    if (o + kPrefetchRows < rows) {
-      prefetch_row(weight + element + kPrefetchRows * in, n);
-      prefetch_row(logits + element + kPrefetchRows * in, n);
-    }
     exp_minus_row(logits + element, n, exps + o * step);
     for (int64_t i = 0; i < padded(n); i += kLanes) {
       store(wide + o * step + i, load_part(weight + element + i, n - i));
     }
   }
 }
+
+// Fetches the weights and logits of the next tile while the products of this one run: its rows lie
+// on different pages, where the hardware does not look ahead.
+class TileAhead {
+ public:
+  template <typename T>
+  TileAhead(
+      const T* weight,
+      const float* logits,
+      int64_t in,
+      int64_t o0,
+      int64_t rows,
+      int64_t i0,
+      int64_t n,
+      int64_t calls)
+      : lines_{
+            Lines(weight + o0 * in + i0, in, rows, n),
+            Lines(logits + o0 * in + i0, in, rows, n)} {
+    const int64_t all = lines_[0].total() > lines_[1].total() ? lines_[0].total()
+                                                               : lines_[1].total();
+    each_ = ceil_div(all, calls > 0 ? calls : 1);
+  }
+
+  // To be called about `calls` times.
+  void some() {
+    for (int64_t i = 0; i < each_; ++i) {
+      lines_[0].fetch();
+      lines_[1].fetch();
+    }
+  }
+
+ private:
+  struct Lines {
+    const char* line;
+    int64_t row_bytes;
+    int64_t row_step;
+    int64_t rows;
+    int64_t at = 0;
+
+    template <typename T>
+    Lines(const T* first, int64_t step, int64_t count, int64_t n)
+        : line(reinterpret_cast<const char*>(first)),
+          row_bytes(n * static_cast<int64_t>(sizeof(T))),
+          row_step(step * static_cast<int64_t>(sizeof(T))),
+          rows(count) {}
+
+    int64_t total() const {
+      return rows > 0 ? rows * (row_bytes / 64 + 1) : 0;
+    }
+
+    void fetch() {
+      if (rows <= 0) {
+        return;
+      }
+      __builtin_prefetch(line + at, 0, 2);
+      at += 64;
+      if (at >= row_bytes) {
+        at = 0;
+        line += row_step;
+        --rows;
+      }
+    }
+  };
+
+  Lines lines_[2];
+  int64_t each_;
+};
 
 // ---- forward ----
 
@@ -82,8 +135,10 @@ MODMASK_INLINE void forward_panel(
     int64_t depth,
     float* y,
     int64_t y_step,
-    bool first) {
+    bool first,
+    TileAhead& ahead) {
   for (int64_t o = 0; o < tile_rows; o += kTileRows) {
+    ahead.some();
     with_rows(tile_rows - o, [&](auto rows) {
       constexpr int kRows = decltype(rows)::value;
       vf c[kRows][kVectors];
@@ -157,6 +212,19 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
       for (int64_t i0 = 0; i0 < in || i0 == 0; i0 += kForwardDepth) {
         const int64_t i_count = in - i0 < kForwardDepth ? in - i0 : kForwardDepth;
         load_tile(weight, logits, in, o0, o_count, i0, i_count, tile_step, wide, exps);
+        // the next block of inputs, or the first one of the task that probably comes next
+        const bool last = i0 + kForwardDepth >= in;
+        const int64_t next_i = last ? 0 : i0 + kForwardDepth;
+        const int64_t next_o = last ? o0 + runner.threads * kForwardRows : o0;
+        TileAhead ahead(
+            weight,
+            logits,
+            in,
+            next_o,
+            out - next_o < kForwardRows ? out - next_o : kForwardRows,
+            next_i,
+            in - next_i < kForwardDepth ? in - next_i : kForwardDepth,
+            spec.samples * ceil_div(r_count, kTileColumns) * ceil_div(o_count, kTileRows));
         for (int64_t k = 0; k < spec.samples; ++k) {
           const RowMasks masks(spec, set, k, spec.tensor_id);
           for (int64_t o = 0; o < o_count; ++o) {
@@ -180,11 +248,11 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
             if (r_count - r > kLanes) {
               forward_panel<2>(
                   tile, tile_step, o_count, panel + r * in + i0 * kTileColumns, i_count,
-                  y_tile + r, chunk, i0 == 0);
+                  y_tile + r, chunk, i0 == 0, ahead);
             } else {
               forward_panel<1>(
                   tile, tile_step, o_count, panel + r * in + i0 * kLanes, i_count,
-                  y_tile + r, chunk, i0 == 0);
+                  y_tile + r, chunk, i0 == 0, ahead);
             }
           }
         }
@@ -307,8 +375,10 @@ void add_outer(
     int64_t packed_rows,
     const float* x_strip,
     int64_t rows,
-    bool first) {
+    bool first,
+    TileAhead& ahead) {
   for (int64_t o = 0; o < t.o_count; o += kTileRows) {
+    ahead.some();
     with_rows(t.o_count - o, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
@@ -340,8 +410,10 @@ inline void add_dx(
     int64_t out,
     int64_t rows,
     float* dx_strip,
-    bool first) {
+    bool first,
+    TileAhead& ahead) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
+    ahead.some();
     with_rows(rows - r, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
@@ -458,6 +530,18 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           const float* logits = p.logits + set * out * in;
           load_tile(
               weight, logits, in, o0, tile.o_count, i0, tile.i_count, width, tile.wide, tile.exps);
+          const int64_t next_o = block + 1 < last_block ? o0 + kBackwardRows : out;
+          TileAhead ahead(
+              weight,
+              logits,
+              in,
+              next_o,
+              out - next_o < kBackwardRows ? out - next_o : kBackwardRows,
+              i0,
+              tile.i_count,
+              spec.samples * ceil_div(tile.i_count, kTileColumns) *
+                  (ceil_div(tile.o_count, kTileRows) +
+                   (dx != nullptr ? ceil_div(rows, kTileRows) : 0)));
           for (int64_t k = 0; k < spec.samples; ++k) {
             mask_tile<kHard>(
                 tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, in, o0 * in + i0,
@@ -467,15 +551,15 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
             for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
               const float* x_strip = x_strips + strip_at(i, row - first_row);
               if (d.dlogits != nullptr && dweight != nullptr) {
-                add_outer<true, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0);
+                add_outer<true, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0, ahead);
               } else if (d.dlogits != nullptr) {
-                add_outer<true, false>(tile, i, group_dy, all_rows, x_strip, rows, k == 0);
+                add_outer<true, false>(tile, i, group_dy, all_rows, x_strip, rows, k == 0, ahead);
               } else if (dweight != nullptr) {
-                add_outer<false, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0);
+                add_outer<false, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0, ahead);
               }
               if (dx != nullptr) {
                 float* dx_strip = dx_strips + strip_at(i, row - first_row);
-                add_dx(tile, i, dy + row * out + o0, out, rows, dx_strip, block == 0);
+                add_dx(tile, i, dy + row * out + o0, out, rows, dx_strip, block == 0, ahead);
               }
             }
           }

@@ -1,26 +1,309 @@
+"""`sample_mask`: masks drawn from logits, as values or as packed bits."""
+
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ... import _native
+from .. import _check, _library
 from . import reference
 
 
-def sample_mask(logits: Tensor, *, seed: Tensor, samples: int = 1, tau: float = 1.0, hard: bool = True,
-                tensor_id: int = 0, sample_offset: int = 0, element_offset: int = 0) -> Tensor:
-    return reference.sample_mask(logits, seed=seed, samples=samples, tau=tau, hard=hard, tensor_id=tensor_id,
-                                 sample_offset=sample_offset, element_offset=element_offset)
+def _values_reference(
+    logits: Tensor,
+    seed: Tensor,
+    samples: int,
+    tau: float,
+    hard: bool,
+    tensor_id: int,
+    sample_offset: int,
+    element_offset: int,
+) -> Tensor:
+    return reference.sample_mask(
+        logits,
+        seed=seed,
+        samples=samples,
+        tau=tau,
+        hard=hard,
+        tensor_id=tensor_id,
+        sample_offset=sample_offset,
+        element_offset=element_offset,
+    )
+
+
+def _packed_reference(
+    logits: Tensor,
+    seed: Tensor,
+    samples: int,
+    tensor_id: int,
+    sample_offset: int,
+    element_offset: int,
+) -> Tensor:
+    values = _values_reference(
+        logits.detach(), seed, samples, 1.0, True, tensor_id, sample_offset, element_offset
+    )
+    leading = values.shape[: 1 + seed.dim()]
+    rows = values.reshape(leading.numel(), -1)
+    if not rows.shape[0]:
+        return rows.new_empty((*leading, -(-rows.shape[1] // 8)), dtype=torch.uint8)
+    return torch.stack([pack_bits(row > 0) for row in rows]).reshape(*leading, -1)
+
+
+def _backward_reference(
+    dvalues: Tensor,
+    logits: Tensor,
+    seed: Tensor,
+    samples: int,
+    tau: float,
+    tensor_id: int,
+    sample_offset: int,
+    element_offset: int,
+) -> Tensor:
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        values = _values_reference(
+            leaf, seed, samples, tau, True, tensor_id, sample_offset, element_offset
+        )
+    return torch.autograd.grad(values, leaf, dvalues)[0]
+
+
+_WHERE = "int tensor_id, SymInt sample_offset, SymInt element_offset"
+_library.define(
+    "sample_mask(Tensor logits, Tensor seed, int samples, float tau, bool hard, "
+    f"{_WHERE}) -> Tensor",
+    _values_reference,
+)
+_library.define(
+    f"sample_mask_packed(Tensor logits, Tensor seed, int samples, {_WHERE}) -> Tensor",
+    _packed_reference,
+)
+_library.define(
+    "sample_mask_backward(Tensor dvalues, Tensor logits, Tensor seed, int samples, float tau, "
+    f"{_WHERE}) -> Tensor",
+    _backward_reference,
+)
+
+
+@torch.library.register_fake("modmask::sample_mask", lib=_library.LIBRARY)
+def _values_fake(logits: Tensor, seed: Tensor, samples: int, *_: Any) -> Tensor:
+    return logits.new_empty((samples, *logits.shape))
+
+
+@torch.library.register_fake("modmask::sample_mask_packed", lib=_library.LIBRARY)
+def _packed_fake(logits: Tensor, seed: Tensor, samples: int, *_: Any) -> Tensor:
+    sets = logits.shape[: seed.dim()]
+    count = logits[0].numel() if seed.dim() else logits.numel()
+    return logits.new_empty((samples, *sets, (count + 7) // 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("modmask::sample_mask_backward", lib=_library.LIBRARY)
+def _backward_fake(dvalues: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, seed, samples, tau, _, *where = inputs
+    ctx.save_for_backward(logits, seed)
+    ctx.draw = (samples, tau, *where)
+
+
+def _backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+    dlogits = torch.ops.modmask.sample_mask_backward(dvalues, *ctx.saved_tensors, *ctx.draw)
+    return (dlogits, *(None,) * 7)
+
+
+torch.library.register_autograd(
+    "modmask::sample_mask", _backward, setup_context=_setup_context, lib=_library.LIBRARY
+)
+_library.refuse_double_backward("sample_mask_backward")
+for _name in ("sample_mask", "sample_mask_packed", "sample_mask_backward"):
+    _library.loop_over_batch(_name)
+
+
+def _check_arguments(
+    logits: Tensor,
+    seed: Tensor,
+    samples: int,
+    tau: float,
+    tensor_id: int,
+    sample_offset: int,
+    element_offset: int,
+) -> None:
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits must be float32 (or float64), not {logits.dtype}")
+    if seed is None:
+        raise TypeError("seed must be an int64 tensor; for the threshold mask use logits > 0")
+    _check.check_seed(seed, None, logits, "logits")
+    if seed.dim() and (logits.dim() < 1 or logits.shape[0] != seed.shape[0]):
+        raise ValueError(
+            f"logits must have shape [{seed.shape[0]}, ...] beside a seed of shape "
+            f"{_check.shape_of(seed)} (one per set), not {_check.shape_of(logits)}"
+        )
+    if seed.dim() and not seed.shape[0]:
+        raise ValueError("seed must not be empty")
+    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+
+
+def _fused(logits: Tensor) -> bool:
+    return (
+        logits.device.type in ("cpu", "meta")
+        and logits.dtype == torch.float32
+        and _native.available()
+        and _native.FORCED_BACKEND != "reference"
+    )
+
+
+def sample_mask(
+    logits: Tensor,
+    *,
+    seed: Tensor,
+    samples: int = 1,
+    tau: float = 1.0,
+    hard: bool = True,
+    tensor_id: int = 0,
+    sample_offset: int = 0,
+    element_offset: int = 0,
+) -> Tensor:
+    r"""Masks drawn from logits: Gumbel-sigmoid samples with the straight-through gradient.
+
+    A weight is kept iff `u < sigmoid(logit)`, with one uniform `u` per weight from Philox4x32-7
+    (noise version 1; see `docs/concepts.md`). The difference of the two Gumbel variables of
+    Csordás et al. (2020, section 2) is a logistic variable, so this is the same distribution.
+
+    Args:
+        logits: any shape, float32 (fused on the CPU) or float64 (reference); with a seed of shape
+            `[sets]` its first dimension is the sets.
+        seed: int64 tensor `[]` or `[sets]` on the device of `logits`.
+        samples: number of masks per set.
+        tau: temperature of the soft mask and of the surrogate gradient.
+        hard: exactly 0/1; else `sigmoid((logit + log((1-u)/u)) / tau)`.
+        tensor_id: position of the parameter in its model.
+        sample_offset: index of the first sample.
+        element_offset: row-major index of the first logit (of each set) in the whole parameter.
+
+    Returns:
+        `[samples, *logits.shape]`, dtype of `logits`. The gradient with respect to `logits` is
+        that of the soft mask, `s * (1 - s) / tau`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name.
+
+    Equivalent to::
+
+        u = (2 * k + 1) * 2**-24                    # k: 23 random bits
+        soft = torch.sigmoid((logits + torch.log((1 - u) / u)) / tau)
+        mask = (u < torch.sigmoid(logits)).to(soft.dtype)
+        return mask + (soft - soft.detach()) if hard else soft
+    """
+    _check_arguments(logits, seed, samples, tau, tensor_id, sample_offset, element_offset)
+    if not _fused(logits):
+        return reference.sample_mask(
+            logits,
+            seed=seed,
+            samples=samples,
+            tau=tau,
+            hard=hard,
+            tensor_id=tensor_id,
+            sample_offset=sample_offset,
+            element_offset=element_offset,
+        )
+    values: Tensor = torch.ops.modmask.sample_mask(
+        logits, seed, samples, tau, hard, tensor_id, sample_offset, element_offset
+    )
+    return values
+
+
+def sample_mask_packed(
+    logits: Tensor,
+    *,
+    seed: Tensor,
+    samples: int = 1,
+    tensor_id: int = 0,
+    sample_offset: int = 0,
+    element_offset: int = 0,
+) -> Tensor:
+    r"""The masks of `sample_mask`, one bit per weight; no gradient.
+
+    Args:
+        logits: as in `sample_mask`.
+        seed: as in `sample_mask`.
+        samples: as in `sample_mask`.
+        tensor_id: as in `sample_mask`.
+        sample_offset: as in `sample_mask`.
+        element_offset: as in `sample_mask`.
+
+    Returns:
+        uint8 `[samples, ceil(n / 8)]`, or `[samples, sets, ceil(n / 8)]` with a seed per set; bit
+        `i & 7` of byte `i >> 3` is element `i` in row-major order, and bits beyond the last
+        element are 0.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name.
+
+    Equivalent to::
+
+        masks = sample_mask(logits, seed=seed, samples=samples) > 0
+        return torch.stack([pack_bits(m) for m in masks])
+    """
+    _check_arguments(logits, seed, samples, 1.0, tensor_id, sample_offset, element_offset)
+    draw = (logits.detach(), seed, samples, tensor_id, sample_offset, element_offset)
+    packed: Tensor = (
+        torch.ops.modmask.sample_mask_packed(*draw) if _fused(logits) else _packed_reference(*draw)
+    )
+    return packed
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+    """Packs a mask, one bit per element in row-major order, the lowest bit first.
+
+    Args:
+        mask: bool tensor of any shape (anything else: non-zero counts as kept).
+
+    Returns:
+        uint8 `[ceil(n / 8)]`; bits beyond the last element are 0.
+
+    Equivalent to::
+
+        torch.from_numpy(numpy.packbits(mask.numpy().ravel() != 0, bitorder="little"))
+    """
+    flat = (mask != 0).reshape(-1).to(torch.uint8)
+    octets = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = octets[:, 0].clone()
+    for bit in range(1, 8):
+        packed |= octets[:, bit] << bit
+    return packed
 
 
-def unpack_bits(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.reshape(-1)[: torch.Size(shape).numel()].bool().view(shape)
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack_bits`.
 
+    Args:
+        packed: uint8 `[ceil(n / 8)]`.
+        shape: shape of the mask, of n elements.
 
-def sample_mask_packed(logits: Tensor, *, seed: Tensor, samples: int = 1, tensor_id: int = 0,
-                       sample_offset: int = 0, element_offset: int = 0) -> Tensor:
-    raise NotImplementedError
+    Returns:
+        bool tensor of that shape.
+
+    Raises:
+        ValueError: a `packed` of another length.
+        TypeError: a `packed` of another dtype.
+
+    Equivalent to::
+
+        bits = numpy.unpackbits(packed.numpy(), count=n, bitorder="little")
+        torch.from_numpy(bits).bool().view(shape)
+    """
+    count = torch.Size(shape).numel()
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed must be uint8, not {packed.dtype}")
+    if packed.shape != ((count + 7) // 8,):
+        raise ValueError(
+            f"packed must have shape [{(count + 7) // 8}] for a mask of shape {list(shape)}, "
+            f"not {_check.shape_of(packed)}"
+        )
+    bits = torch.stack([packed >> bit & 1 for bit in range(8)], dim=1)
+    return bits.reshape(-1)[:count].bool().view(*shape)

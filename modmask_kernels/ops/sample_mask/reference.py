@@ -24,7 +24,7 @@ EXP2_COEFFICIENTS = (
     1.0,
 )
 MINUS_LOG2_E = -1.44269504
-EXPONENT_LIMIT = 125.0
+EXPONENT_LIMIT = 100.0  # |logit| <= 69.3; the decision saturates at 16.7
 ROUND_TO_INTEGER = 12582912.0  # 1.5 * 2**23: adding it rounds a float32 to an integer
 
 _LOW32 = 0xFFFFFFFF

@@ -1,0 +1,42 @@
+"""What is installed here and which backends run: `modmask info`."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import __version__, _native
+
+
+def lines() -> list[tuple[str, str]]:
+    """Pairs of a name and what is known of it."""
+    pairs = [
+        ("modmask_kernels", __version__),
+        ("torch", f"{torch.__version__} (built for CUDA {torch.version.cuda or 'no'})"),
+        ("Python", platform.python_version()),
+        ("platform", f"{platform.system()} {platform.machine()}"),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    if _native.available():
+        pairs.append(("CPU kernels", f"loaded, capability {_native.capability()}"))
+        pairs.append(("CPU capabilities", ", ".join(_native.capabilities())))
+    else:
+        pairs.append(("CPU kernels", _native.LOAD_ERROR or "absent"))
+    pairs.append(("CUDA kernels", "not part of this version"))
+    pairs.append(("Triton kernels", "not part of this version"))
+    pairs.append(("reference", "always there, plain PyTorch on any device"))
+    pairs.append(("MODMASK_BACKEND", _native.FORCED_BACKEND or "not set"))
+    return pairs
+
+
+def main() -> None:
+    """Print versions, the CPU capability in use and the backends, with reasons for absent ones."""
+    pairs = lines()
+    width = max(len(name) for name, _ in pairs)
+    for name, text in pairs:
+        print(f"{name:<{width}}  {text}")
+
+
+if __name__ == "__main__":
+    main()

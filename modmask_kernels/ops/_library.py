@@ -1,0 +1,79 @@
+"""Schemas, fake kernels, gradients and batching rules of the operations.
+
+The schemas are defined here, so that an operation exists before any shared library is loaded; the
+compiled library adds its kernels to them, and without it the reference serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+NAMESPACE = "modmask"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str, reference: Callable[..., Any]) -> None:
+    """Define `modmask::<schema>`; `reference` serves where no compiled kernel is loaded."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not _native.available():
+        LIBRARY.impl(name, reference, "CPU")
+
+
+def traced() -> bool:
+    """Whether a compiler or a functorch transform looks on, which need the registered operation."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast applies to an operand like `x`."""
+    device = x.device.type
+    return (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    )
+
+
+def refuse_double_backward(name: str) -> None:
+    """Make differentiating through the backward operation `name` a clear error."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} cannot be differentiated: masked operations have no second "
+            "derivative. Use backend 'reference' (MODMASK_BACKEND=reference) where one is needed."
+        )
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def loop_over_batch(name: str) -> None:
+    """Batching rule of `torch.vmap`: one call per batch element, results stacked."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        results = [
+            op(
+                *(
+                    arg if dim is None else arg.select(dim, i)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)
