@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser().error(f"--threads: expected at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     try:
-        if _native.forced_backend() == "reference":
+        if _native.FORCED_BACKEND == "reference":
             print("MODMASK_BACKEND=reference: this times the reference", file=sys.stderr)
         elif not _native.available():
             print(

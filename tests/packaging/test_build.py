@@ -126,9 +126,7 @@ class TestWheel:
         top = {name.split("/")[0] for name in names(wheel)}
         information = f"modmask_kernels-{modmask_kernels.__version__}.dist-info"
         assert top == {"modmask_kernels", information}
-        assert not [
-            name for name in names(wheel) if "test" in name or name.endswith((".cpp", ".h"))
-        ]
+        assert not [name for name in names(wheel) if re.search(r"(^|/)tests?[_/]|\.(cpp|h)$", name)]
         for needed in ("modmask_kernels/py.typed", f"{information}/licenses/LICENSE"):
             assert needed in names(wheel)
 
