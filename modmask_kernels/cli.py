@@ -62,12 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also write a small summary for documentation: README.md, metrics.json, key figures",
     )
 
-    for name, text in (
-        ("bench", "time the operations against plain and naive masking"),
-        ("info", "versions, processor, and which backends are there"),
-    ):
-        # both parse their own arguments, help included
-        commands.add_parser(name, help=text, add_help=False)
+    # parses its own arguments, help included
+    commands.add_parser(
+        "bench", help="time the operations against plain and naive masking", add_help=False
+    )
+    text = "versions, processor, and which backends are there, or why not"
+    commands.add_parser("info", help=text, description=f"Print {text}.")
     return parser
 
 
@@ -75,6 +75,8 @@ def _add_run(commands: Any) -> None:
     run = commands.add_parser(
         "run",
         help="run an experiment, or continue one",
+        usage="modmask run EXPERIMENT [--preset PRESET] [--seeds N] [--out DIR] [SETTINGS]\n"
+        "       modmask run --resume RUN [--seeds N] [--quiet]",
         description="Run an experiment and write its results folder: settings, weights, masks, "
         "metrics, figures and one HTML page. A run that was interrupted, even killed, continues "
         "with --resume and ends with the same bits.",
@@ -108,7 +110,11 @@ def _add_run(commands: Any) -> None:
             help="the settings to start from [quick]",
         )
         parser.add_argument(
-            "--seeds", type=_positive, default=1, metavar="N", help="number of seeds [1]"
+            "--seeds",
+            type=_positive,
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help="number of seeds [1]",
         )
         parser.add_argument(
             "--first-seed", type=int, default=0, metavar="K", help="the first of them [0]"
@@ -176,6 +182,12 @@ def _list() -> None:
     print(f"\n{_PRESETS}.")
 
 
+def _info() -> None:
+    from . import info
+
+    info.main()
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from . import report
     from .experiments import Run, get
@@ -186,9 +198,12 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.experiment is not None:
             raise ValueError("--resume takes no experiment: the run knows its own settings")
         run = Run.open(arguments.resume)
-        if "seeds" in arguments and arguments.seeds > len(run.seeds):
-            first = run.seeds[0]
-            run.extend(list(range(first, first + arguments.seeds)))
+        if "seeds" in arguments:
+            if arguments.seeds < len(run.seeds):
+                raise ValueError(
+                    f"--seeds {arguments.seeds} is fewer than the {len(run.seeds)} of the run"
+                )
+            run.extend(list(range(run.seeds[0], run.seeds[0] + arguments.seeds)))
     elif arguments.experiment is None:
         raise ValueError("name an experiment (see `modmask list`) or a run with --resume")
     else:
@@ -196,12 +211,14 @@ def _run(arguments: argparse.Namespace) -> None:
         overrides = experiment.settings_type.overrides(arguments)
         settings = experiment.presets[arguments.preset].replace(**overrides)
         path = arguments.out or Path("runs") / f"{experiment.name}-{arguments.preset}"
-        seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
+        count = getattr(arguments, "seeds", 1)
+        seeds = list(range(arguments.first_seed, arguments.first_seed + count))
         run = Run.create(path, experiment, arguments.preset, settings, seeds, arguments.threads)
     say(
         f"{run.experiment.name}, preset {run.preset}, {len(run.seeds)} "
         f"seed{'s' if len(run.seeds) > 1 else ''}, {run.threads} "
-        f"thread{'s' if run.threads > 1 else ''}: {run.path}"
+        f"thread{'s' if run.threads > 1 else ''}: {run.path}\n"
+        f"{run.experiment.describe(run.settings)}"
     )
     try:
         run.execute(progress=not arguments.quiet)
@@ -248,16 +265,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name (default: those of the process).
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["info"]:
-        from . import info
-
-        return int(info.main(words[1:]) or 0)
     if words[:1] == ["bench"]:
         from . import bench
 
-        return int(bench.main(words[1:]) or 0)
+        return bench.main(words[1:])
     arguments = _parser().parse_args(words)
-    commands = {"list": lambda _: _list(), "run": _run, "test": _test, "report": _report}
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        "list": lambda _: _list(),
+        "run": _run,
+        "test": _test,
+        "report": _report,
+        "info": lambda _: _info(),
+    }
     try:
         commands[arguments.command](arguments)
     except KeyboardInterrupt:

@@ -53,6 +53,8 @@ def test_run_ends_with_the_path_of_its_page(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == str(path / "report.html")
     assert "addmul-fnn, preset smoke, 1 seed" in captured.err
+    assert "network 22-32-32-10, 30 steps" in captured.err
+    assert "penalty beta 0.005 (alpha 3.91e-05 per logit)" in captured.err
     for name in ("settings.json", "metrics.json", "report.html", "figures/accuracy-dark.svg"):
         assert (path / name).exists()
     assert (path / "figures" / "accuracy-dark.svg").stat().st_size > 5000
@@ -91,6 +93,14 @@ def test_resume_of_a_finished_run_and_more_seeds(finished, capsys):
     assert cli.main(["run", "--resume", str(finished), "--seeds", "3", "--quiet"]) == 0
     assert json.loads((finished / "metrics.json").read_text())["seeds"] == [0, 1, 2]
     assert "3 seeds" in (finished / "report.html").read_text()
+    assert cli.main(["run", "--resume", str(finished), "--seeds", "1"]) == 2
+    assert "--seeds 1 is fewer than the 3 of the run" in capsys.readouterr().err
+
+
+def test_seeds_may_stand_before_the_experiment(tmp_path):
+    words = ["run", "--seeds", "2", *SMOKE[1:], "--first-seed", "5", "--out", str(tmp_path / "r")]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "r" / "settings.json").read_text())["seeds"] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +135,8 @@ def test_list(capsys):
         (["test", "inverse"], ["--exclude-io"]),
         (["report"], ["--summary"]),
         (["list"], []),
+        (["info"], []),
+        (["bench"], ["--suite"]),
     ],
 )
 def test_help(capsys, words, expected):

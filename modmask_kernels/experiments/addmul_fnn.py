@@ -51,9 +51,14 @@ class AddMulSettings(Settings):
     """Settings of the experiment; the defaults are the published ones."""
 
     digits: int = option(2, "digits of the arguments and of the result (1 to 3)", minimum=1)
-    size: str = option("big", "size of the network", choices=tuple(SIZES))
+    size: str = option(
+        "big",
+        "widths of the hidden layers: "
+        + "; ".join(f"{name} {','.join(map(str, widths))}" for name, widths in SIZES.items()),
+        choices=tuple(SIZES),
+    )
     hidden: tuple[int, ...] = option(
-        (), "widths of the hidden layers, two or more, instead of a named size", minimum=1
+        (), "other widths, two or more, instead of a named size", minimum=1
     )
     steps: int = option(20_000, "training steps of the network", minimum=1)
     batch: int = option(128, "rows per step, of the network and of every mask", minimum=1)
@@ -250,6 +255,16 @@ class AddMulFNN(Experiment[AddMulSettings]):
             "histogram": histogram_test,
             "stability": stability_test,
         }
+
+    def describe(self, settings: AddMulSettings) -> str:
+        """Network, steps, and the penalty both as the study writes it and per logit."""
+        task = AddMul(settings.digits)
+        sizes = (task.in_features, *settings.widths, task.out_features)
+        return (
+            f"network {'-'.join(map(str, sizes))}, {settings.steps:,} steps; masks "
+            f"{settings.mask_steps:,} steps, penalty beta {settings.penalty:g} (alpha "
+            f"{settings.alpha:.3g} per logit)"
+        )
 
     def run_seed(self, settings: AddMulSettings, seed: int, folder: SeedFolder) -> dict[str, Any]:
         """Train the network, learn the masks, evaluate; or what of it is missing."""

@@ -43,6 +43,10 @@ class Experiment(ABC, Generic[S]):
     tests: Mapping[str, Callable[..., str]]
 
     @abstractmethod
+    def describe(self, settings: S) -> str:
+        """What is about to be run, in a line."""
+
+    @abstractmethod
     def run_seed(self, settings: S, seed: int, folder: SeedFolder) -> dict[str, Any]:
         """Run one seed, or the rest of it, and return its metrics (JSON values)."""
 
@@ -136,7 +140,7 @@ def environment() -> dict[str, Any]:
     """Versions and machine, as far as they can change bits or speed."""
     from .. import __version__, _native
 
-    fused = _native.available() and _native.forced_backend() != "reference"
+    fused = _native.available() and _native.FORCED_BACKEND != "reference"
     return {
         "modmask_kernels": __version__,
         "torch": torch.__version__,
