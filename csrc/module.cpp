@@ -42,10 +42,17 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", "CPU kernels of modmask_kernels.", -1, methods, nullptr, nullptr,
-    nullptr, nullptr};
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "CPU kernels of modmask_kernels.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
 
-} // namespace
+}  // namespace
 
 PyMODINIT_FUNC PyInit__C() {
   return PyModule_Create(&module);

@@ -32,4 +32,3 @@ def explain(subject: nn.Module | Tensor) -> str:
             backend, reason = explain_product(module.weight)
             lines.append(f"{name or '(root)'}: {backend} ({reason})")
     return "\n".join(lines) or "no masked layers"
-

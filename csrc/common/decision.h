@@ -13,7 +13,7 @@
 namespace modmask {
 
 constexpr float kMinusLog2E = -1.44269504f;
-constexpr float kRoundToInteger = 12582912.0f; // 1.5 * 2^23
+constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23
 // |logit| is clamped at 100 * ln 2 = 69.3: the decision saturates at 16.7, and 2^24 * exp(69.3)
 // squared stays far from overflow in the surrogate.
 constexpr float kExponentLimit = 100.0f;
@@ -21,19 +21,13 @@ constexpr float kTwo24 = 16777216.0f;
 
 // 2^f on [-1/2, 1/2], highest degree first; relative error 2e-9.
 constexpr int kExp2Degree = 6;
-constexpr float kExp2[kExp2Degree + 1] = {
-    0.00015353362f,
-    0.0013398875f,
-    0.009618437f,
-    0.055503324f,
-    0.24022648f,
-    0.6931472f,
-    1.0f};
+constexpr float kExp2[kExp2Degree + 1] = {0.00015353362f, 0.0013398875f, 0.009618437f, 0.055503324f,
+                                          0.24022648f,    0.6931472f,    1.0f};
 
 #if defined(__CUDA_ARCH__)
 #define MODMASK_MUL(a, b) __fmul_rn((a), (b))
 #define MODMASK_ADD(a, b) __fadd_rn((a), (b))
-#else // host code is compiled with -ffp-contract=off
+#else  // host code is compiled with -ffp-contract=off
 #define MODMASK_MUL(a, b) ((a) * (b))
 #define MODMASK_ADD(a, b) ((a) + (b))
 #endif
@@ -64,4 +58,4 @@ MODMASK_HOST_DEVICE bool keep(float exp_minus_logit, uint32_t word) {
   return MODMASK_MUL(u, exp_minus_logit) < MODMASK_ADD(kTwo24, -u);
 }
 
-} // namespace modmask
+}  // namespace modmask

@@ -22,12 +22,8 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-MODMASK_HOST_DEVICE PhiloxWords philox(
-    uint32_t c0,
-    uint32_t c1,
-    uint32_t c2,
-    uint32_t c3,
-    uint64_t key) {
+MODMASK_HOST_DEVICE PhiloxWords
+philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key);
   uint32_t k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -47,9 +43,9 @@ MODMASK_HOST_DEVICE PhiloxWords philox(
 MODMASK_HOST_DEVICE uint32_t
 noise_word(uint64_t element, uint32_t sample, uint32_t tensor_id, uint64_t key) {
   const uint64_t quad = element >> 2;
-  const PhiloxWords words =
-      philox(static_cast<uint32_t>(quad), sample, tensor_id, static_cast<uint32_t>(quad >> 32), key);
+  const PhiloxWords words = philox(
+      static_cast<uint32_t>(quad), sample, tensor_id, static_cast<uint32_t>(quad >> 32), key);
   return words.w[element & 3];
 }
 
-} // namespace modmask
+}  // namespace modmask

@@ -71,8 +71,7 @@ inline MaskSpec mask_spec(
     STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64");
     STD_TORCH_CHECK(
         seed->dim() == 0 || (seed->dim() == 1 && seed->size(0) == sets),
-        "seed must have shape [] or [sets] with sets = ",
-        sets);
+        "seed must have shape [] or [sets] with sets = ", sets);
     spec.seeds = static_cast<const int64_t*>(seed_data.data());
     spec.seed_stride = seed->dim();
   }
@@ -86,4 +85,4 @@ inline MaskSpec mask_spec(
   return spec;
 }
 
-} // namespace modmask
+}  // namespace modmask

@@ -43,11 +43,7 @@ inline void backward(const LinearProblem& p, const LinearGradients& d, const Run
 }
 
 inline void values(
-    const MaskSpec& spec,
-    const float* logits,
-    int64_t count,
-    float* out,
-    const Runner& runner) {
+    const MaskSpec& spec, const float* logits, int64_t count, float* out, const Runner& runner) {
   if (spec.hard) {
     sample_values<true>(spec, logits, count, out, runner);
   } else {
@@ -55,4 +51,4 @@ inline void values(
   }
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

@@ -58,7 +58,7 @@ const Kernels*& active() {
   return table;
 }
 
-} // namespace
+}  // namespace
 
 const Kernels& active_kernels() {
   return *active();
@@ -90,4 +90,4 @@ Runner torch_runner() {
       }};
 }
 
-} // namespace modmask
+}  // namespace modmask

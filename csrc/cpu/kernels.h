@@ -16,7 +16,7 @@ struct Runner {
 
 // How the masks of one parameter are drawn. Group g = set * samples + sample.
 struct MaskSpec {
-  const int64_t* seeds; // [sets], or one seed with seed_stride 0, or null: threshold logit > 0
+  const int64_t* seeds;  // [sets], or one seed with seed_stride 0, or null: threshold logit > 0
   int64_t seed_stride;
   int64_t sets;
   int64_t samples;
@@ -30,25 +30,25 @@ struct MaskSpec {
 struct LinearProblem {
   MaskSpec mask;
   int64_t bias_tensor_id;
-  DType dtype; // of x, weight, bias, y and their gradients
-  int64_t rows; // of each group
+  DType dtype;   // of x, weight, bias, y and their gradients
+  int64_t rows;  // of each group
   int64_t in;
   int64_t out;
-  const void* x; // [groups * rows, in], contiguous, as everything here
-  const void* weight; // [out, in]
-  const float* logits; // [sets, out, in]
-  const void* bias; // [out] or null
-  const float* bias_logits; // [sets, out] or null
+  const void* x;             // [groups * rows, in], contiguous, as everything here
+  const void* weight;        // [out, in]
+  const float* logits;       // [sets, out, in]
+  const void* bias;          // [out] or null
+  const float* bias_logits;  // [sets, out] or null
 };
 
 // Outputs that are null are not computed.
 struct LinearGradients {
-  const void* dy; // [groups * rows, out]
-  void* dx; // [groups * rows, in]
-  void* dweight; // [out, in]
-  float* dlogits; // [sets, out, in]
-  void* dbias; // [out]
-  float* dbias_logits; // [sets, out]
+  const void* dy;       // [groups * rows, out]
+  void* dx;             // [groups * rows, in]
+  void* dweight;        // [out, in]
+  float* dlogits;       // [sets, out, in]
+  void* dbias;          // [out]
+  float* dbias_logits;  // [sets, out]
 };
 
 struct Kernels {
@@ -75,4 +75,4 @@ extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 #endif
 
-} // namespace modmask
+}  // namespace modmask

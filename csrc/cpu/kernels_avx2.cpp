@@ -17,7 +17,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define MODMASK_AVX2 // the pragma does not define the usual macros
+#define MODMASK_AVX2  // the pragma does not define the usual macros
 #define MODMASK_CAPABILITY avx2
 #define MODMASK_LANES 8
 #include "simd.h"
@@ -33,17 +33,12 @@
 namespace modmask {
 
 const Kernels kKernelsAvx2 = {
-    "avx2",
-    avx2::forward,
-    avx2::backward,
-    avx2::values,
-    avx2::sample_bits,
-    avx2::sample_backward,
+    "avx2", avx2::forward, avx2::backward, avx2::values, avx2::sample_bits, avx2::sample_backward,
 };
 
-} // namespace modmask
+}  // namespace modmask
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#endif // __x86_64__
+#endif  // __x86_64__

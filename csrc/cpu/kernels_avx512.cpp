@@ -13,11 +13,13 @@
 // The standard headers above stay at the baseline, so that no inline function of theirs is emitted
 // with instructions that another machine lacks.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
-#define MODMASK_AVX512 // the pragma does not define the usual macros
+#define MODMASK_AVX512  // the pragma does not define the usual macros
 #define MODMASK_CAPABILITY avx512
 #define MODMASK_LANES 16
 #include "simd.h"
@@ -33,17 +35,13 @@
 namespace modmask {
 
 const Kernels kKernelsAvx512 = {
-    "avx512",
-    avx512::forward,
-    avx512::backward,
-    avx512::values,
-    avx512::sample_bits,
-    avx512::sample_backward,
+    "avx512",       avx512::forward,     avx512::backward,
+    avx512::values, avx512::sample_bits, avx512::sample_backward,
 };
 
-} // namespace modmask
+}  // namespace modmask
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#endif // __x86_64__
+#endif  // __x86_64__

@@ -26,12 +26,8 @@
 namespace modmask {
 
 const Kernels kKernelsPlain = {
-    "plain",
-    plain::forward,
-    plain::backward,
-    plain::values,
-    plain::sample_bits,
-    plain::sample_backward,
+    "plain",       plain::forward,     plain::backward,
+    plain::values, plain::sample_bits, plain::sample_backward,
 };
 
-} // namespace modmask
+}  // namespace modmask

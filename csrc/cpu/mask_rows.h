@@ -5,7 +5,7 @@ namespace modmask::MODMASK_CAPABILITY {
 // Where a row of masks comes from; `words` is null in threshold mode.
 struct RowNoise {
   const uint32_t* words;
-  const float* exp_minus; // exp(-logit)
+  const float* exp_minus;  // exp(-logit)
   const float* logits;
 };
 
@@ -30,7 +30,7 @@ template <bool kHard, bool kSlope, bool kUnitTau, typename F>
 MODMASK_INLINE void for_mask_vectors_as(const RowNoise& row, int64_t n, float tau, const F& f) {
   const vf two24 = splat(kTwo24);
   const float inverse_tau = 1.0f / tau;
-  if (row.words == nullptr) { // logit > 0, with the surrogate of u = 1/2
+  if (row.words == nullptr) {  // logit > 0, with the surrogate of u = 1/2
     const vf half = splat(kTwo24 / 2);
     for (int64_t i = 0; i < n; i += kLanes) {
       MaskVector<kHard> m{vf{}, load_part(row.logits + i, n - i), {}};
@@ -95,4 +95,4 @@ inline void exp_minus_row(const float* logits, int64_t n, float* out) {
   }
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

@@ -72,8 +72,8 @@ struct Arguments {
               bias_logits_->size(1) == out,
           "bias_logits must be [sets, out] and come with a bias");
     }
-    problem.mask = mask_spec(
-        seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);
+    problem.mask =
+        mask_spec(seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);
     int64_t all_rows = 1;
     for (int64_t d = 0; d + 1 < x_.dim(); ++d) {
       all_rows *= x_.size(d);
@@ -180,11 +180,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
   return {dx, dweight, dlogits, dbias, dbias_logits};
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
   m.impl("masked_linear", TORCH_BOX(&masked_linear));
   m.impl("masked_linear_backward", TORCH_BOX(&masked_linear_backward));
 }
 
-} // namespace modmask
+}  // namespace modmask

@@ -9,11 +9,11 @@
 
 namespace modmask::MODMASK_CAPABILITY {
 
-constexpr int64_t kForwardRows = 24; // of the weight tile
+constexpr int64_t kForwardRows = 24;  // of the weight tile
 constexpr int64_t kForwardDepth = 256;
 constexpr int64_t kBackwardRows = 24;
 constexpr int64_t kBackwardColumns = 256;
-constexpr int64_t kOutputTile = 16384; // floats of y kept per task
+constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
 
 // Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
 // `step` apart and padded with zeros (exp: with anything) to kTileColumns.
@@ -53,10 +53,9 @@ class TileAhead {
       int64_t n,
       int64_t calls)
       : lines_{
-            Lines(weight + o0 * in + i0, in, rows, n),
-            Lines(logits + o0 * in + i0, in, rows, n)} {
-    const int64_t all = lines_[0].total() > lines_[1].total() ? lines_[0].total()
-                                                               : lines_[1].total();
+            Lines(weight + o0 * in + i0, in, rows, n), Lines(logits + o0 * in + i0, in, rows, n)} {
+    const int64_t all =
+        lines_[0].total() > lines_[1].total() ? lines_[0].total() : lines_[1].total();
     each_ = ceil_div(all, calls > 0 ? calls : 1);
   }
 
@@ -175,10 +174,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         const int64_t g = t / panels, r = t % panels * kTileColumns;
         const int64_t count = rows - r < kTileColumns ? rows - r : kTileColumns;
         pack_panel(
-            x + (g * rows + r) * in,
-            count,
-            in,
-            padded(count, kLanes),
+            x + (g * rows + r) * in, count, in, padded(count, kLanes),
             packed + (g * padded_rows + r) * in);
       });
 
@@ -217,23 +213,15 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         const int64_t next_i = last ? 0 : i0 + kForwardDepth;
         const int64_t next_o = last ? o0 + runner.threads * kForwardRows : o0;
         TileAhead ahead(
-            weight,
-            logits,
-            in,
-            next_o,
-            out - next_o < kForwardRows ? out - next_o : kForwardRows,
-            next_i,
-            in - next_i < kForwardDepth ? in - next_i : kForwardDepth,
+            weight, logits, in, next_o, out - next_o < kForwardRows ? out - next_o : kForwardRows,
+            next_i, in - next_i < kForwardDepth ? in - next_i : kForwardDepth,
             spec.samples * ceil_div(r_count, kTileColumns) * ceil_div(o_count, kTileRows));
         for (int64_t k = 0; k < spec.samples; ++k) {
           const RowMasks masks(spec, set, k, spec.tensor_id);
           for (int64_t o = 0; o < o_count; ++o) {
             const int64_t element = (o0 + o) * in + i0;
             const RowNoise noise = masks.row(
-                spec.element_offset + element,
-                i_count,
-                exps + o * tile_step,
-                logits + element,
+                spec.element_offset + element, i_count, exps + o * tile_step, logits + element,
                 words);
             float* to = tile + o * tile_step;
             const float* w = wide + o * tile_step;
@@ -247,12 +235,12 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
           for (int64_t r = 0; r < r_count; r += kTileColumns) {
             if (r_count - r > kLanes) {
               forward_panel<2>(
-                  tile, tile_step, o_count, panel + r * in + i0 * kTileColumns, i_count,
-                  y_tile + r, chunk, i0 == 0, ahead);
+                  tile, tile_step, o_count, panel + r * in + i0 * kTileColumns, i_count, y_tile + r,
+                  chunk, i0 == 0, ahead);
             } else {
               forward_panel<1>(
-                  tile, tile_step, o_count, panel + r * in + i0 * kLanes, i_count,
-                  y_tile + r, chunk, i0 == 0, ahead);
+                  tile, tile_step, o_count, panel + r * in + i0 * kLanes, i_count, y_tile + r,
+                  chunk, i0 == 0, ahead);
             }
           }
         }
@@ -264,8 +252,8 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         if (bias != nullptr && p.bias_logits != nullptr) {
           const float* b_logits = p.bias_logits + set * out + o0;
           exp_minus_row(b_logits, o_count, bias_exps);
-          const RowNoise noise = RowMasks(spec, set, k, p.bias_tensor_id)
-                                     .row(o0, o_count, bias_exps, b_logits, words);
+          const RowNoise noise =
+              RowMasks(spec, set, k, p.bias_tensor_id).row(o0, o_count, bias_exps, b_logits, words);
           for_mask_vectors<kHard, false>(noise, o_count, spec.tau, [&](int64_t i, auto& m) {
             store(bias_values + i, m.apply(m, load(bias_values + i)));
           });
@@ -317,13 +305,13 @@ struct BackwardTile {
   int64_t o_count;
   int64_t i_count;
   int64_t step;
-  float* wide; // W
-  float* exps; // exp(-logit)
-  float* masked; // W * M
-  float* slopes; // W * slope
-  float* values; // M, where dweight is wanted
-  float* dlogits; // summed over samples
-  float* dweight; // summed over groups
+  float* wide;     // W
+  float* exps;     // exp(-logit)
+  float* masked;   // W * M
+  float* slopes;   // W * slope
+  float* values;   // M, where dweight is wanted
+  float* dlogits;  // summed over samples
+  float* dweight;  // summed over groups
 };
 
 template <bool kHard>
@@ -338,8 +326,8 @@ void mask_tile(
   for (int64_t o = 0; o < t.o_count; ++o) {
     const int64_t at = o * t.step;
     const int64_t element = first_element + o * in;
-    const RowNoise noise = masks.row(
-        spec.element_offset + element, t.i_count, t.exps + at, logits + element, words);
+    const RowNoise noise =
+        masks.row(spec.element_offset + element, t.i_count, t.exps + at, logits + element, words);
     const float* wide = t.wide + at;
     float *masked = t.masked + at, *slopes = t.slopes + at, *values = t.values + at;
     const auto fill = [&](auto keep_values) {
@@ -382,8 +370,7 @@ void add_outer(
     with_rows(t.o_count - o, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
-      multiply<kRows, 2>(
-          packed_dy + o * packed_rows, 1, kTileRows, x_strip, kTileColumns, rows, c);
+      multiply<kRows, 2>(packed_dy + o * packed_rows, 1, kTileRows, x_strip, kTileColumns, rows, c);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
@@ -479,8 +466,8 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
     const int64_t i_blocks = ceil_div(in, width);
     const int64_t sets_each = spec.sets / set_tasks;
     const int64_t rows_each = sets_each * spec.samples * rows;
-    const double cost = static_cast<double>(out * in) *
-        static_cast<double>(groups * (2 * rows + 12)) / kLanes;
+    const double cost =
+        static_cast<double>(out * in) * static_cast<double>(groups * (2 * rows + 12)) / kLanes;
 
     run_tasks(runner, set_tasks * i_blocks * o_tasks, cost, [&](int64_t task) {
       const int64_t o_task = task % o_tasks;
@@ -503,7 +490,7 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
       tile.dlogits = scratch.floats(tile_size);
       tile.dweight = dweight != nullptr ? scratch.floats(tile_size) : nullptr;
       uint32_t* words = scratch.words(words_needed(width));
-      float* x_strips = scratch.floats(rows_each * width); // [strip][row][kTileColumns]
+      float* x_strips = scratch.floats(rows_each * width);  // [strip][row][kTileColumns]
       float* dx_strips = scratch.floats(rows_each * width);
       const auto strip_at = [&](int64_t i, int64_t row) {
         return i * rows_each + row * kTileColumns;
@@ -532,13 +519,8 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
               weight, logits, in, o0, tile.o_count, i0, tile.i_count, width, tile.wide, tile.exps);
           const int64_t next_o = block + 1 < last_block ? o0 + kBackwardRows : out;
           TileAhead ahead(
-              weight,
-              logits,
-              in,
-              next_o,
-              out - next_o < kBackwardRows ? out - next_o : kBackwardRows,
-              i0,
-              tile.i_count,
+              weight, logits, in, next_o,
+              out - next_o < kBackwardRows ? out - next_o : kBackwardRows, i0, tile.i_count,
               spec.samples * ceil_div(tile.i_count, kTileColumns) *
                   (ceil_div(tile.o_count, kTileRows) +
                    (dx != nullptr ? ceil_div(rows, kTileRows) : 0)));
@@ -546,7 +528,7 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
             mask_tile<kHard>(
                 tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, in, o0 * in + i0,
                 words);
-            const int64_t row = (set * spec.samples + k) * rows; // first of the group
+            const int64_t row = (set * spec.samples + k) * rows;  // first of the group
             const float* group_dy = packed_dy + block * packed_block + row * kTileRows;
             for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
               const float* x_strip = x_strips + strip_at(i, row - first_row);
@@ -566,8 +548,7 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           if (d.dlogits != nullptr) {
             for (int64_t o = 0; o < tile.o_count; ++o) {
               narrow_row(
-                  tile.dlogits + o * width,
-                  d.dlogits + (set * out + o0 + o) * in + i0,
+                  tile.dlogits + o * width, d.dlogits + (set * out + o0 + o) * in + i0,
                   tile.i_count);
             }
           }
@@ -583,8 +564,7 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
             const int64_t left = tile.i_count - i;
             narrow_row(
-                dx_strips + strip_at(i, r),
-                dx + (first_row + r) * in + i0 + i,
+                dx_strips + strip_at(i, r), dx + (first_row + r) * in + i0 + i,
                 left < kTileColumns ? left : kTileColumns);
           }
         }
@@ -640,4 +620,4 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   }
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

@@ -18,10 +18,10 @@ constexpr int64_t words_needed(int64_t n) {
 struct NoiseStream {
   vq k0[kPhiloxRounds];
   vq k1[kPhiloxRounds];
-  vq round1_c2; // k1 of round 1, before the high counter word is mixed in
-  vq round2_c0; // c1 ^ k0 of round 2
-  vq round2_c2; // high product ^ k1 of round 2
-  vq round3_c2; // c3 ^ k1 of round 3
+  vq round1_c2;  // k1 of round 1, before the high counter word is mixed in
+  vq round2_c0;  // c1 ^ k0 of round 2
+  vq round2_c2;  // high product ^ k1 of round 2
+  vq round3_c2;  // c3 ^ k1 of round 3
 
   NoiseStream(uint64_t key, uint32_t sample, uint32_t tensor_id) {
     uint32_t a = static_cast<uint32_t>(key);
@@ -154,4 +154,4 @@ MODMASK_INLINE Surrogate surrogate(vf ue, vf rest, float inverse_tau) {
   }
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

@@ -2,7 +2,7 @@
 
 namespace modmask::MODMASK_CAPABILITY {
 
-constexpr int kTileRows = 6; // 6 x 2 accumulators, 2 operands and a broadcast fill 16 registers
+constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 operands and a broadcast fill 16 registers
 constexpr int kTileColumns = 2 * kLanes;
 
 // c[m][lane] = sum over k of a[m * a_row + k * a_step] * b[k * b_step + lane]
@@ -60,4 +60,4 @@ MODMASK_INLINE void with_rows(int64_t rows, const F& f) {
   }
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

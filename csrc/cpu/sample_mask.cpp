@@ -47,11 +47,8 @@ Tensor sample_mask(
   Tensor values = torch::stable::new_empty(logits, shape);
   if (values.numel() > 0) {
     active_kernels().sample_values(
-        spec,
-        data.floats(),
-        logits.numel() / spec.sets,
-        static_cast<float*>(values.mutable_data_ptr()),
-        torch_runner());
+        spec, data.floats(), logits.numel() / spec.sets,
+        static_cast<float*>(values.mutable_data_ptr()), torch_runner());
   }
   return values;
 }
@@ -98,17 +95,13 @@ Tensor sample_mask_backward(
     torch::stable::zero_(dlogits);
   } else if (dlogits.numel() > 0) {
     active_kernels().sample_backward(
-        spec,
-        data.floats(),
-        d_data.floats(),
-        logits.numel() / spec.sets,
-        static_cast<float*>(dlogits.mutable_data_ptr()),
-        torch_runner());
+        spec, data.floats(), d_data.floats(), logits.numel() / spec.sets,
+        static_cast<float*>(dlogits.mutable_data_ptr()), torch_runner());
   }
   return dlogits;
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
   m.impl("sample_mask", TORCH_BOX(&sample_mask));
@@ -116,4 +109,4 @@ STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
   m.impl("sample_mask_backward", TORCH_BOX(&sample_mask_backward));
 }
 
-} // namespace modmask
+}  // namespace modmask

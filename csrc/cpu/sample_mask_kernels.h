@@ -12,19 +12,14 @@ void for_sample_blocks(const MaskSpec& spec, int64_t count, const Runner& runner
     const int64_t set = t / blocks, begin = t % blocks * kSampleBlock;
     const int64_t n = count - begin < kSampleBlock ? count - begin : kSampleBlock;
     thread_local Scratch scratch;
-    scratch.reserve(
-        Scratch::need(kSampleBlock) + Scratch::need(words_needed(kSampleBlock)));
+    scratch.reserve(Scratch::need(kSampleBlock) + Scratch::need(words_needed(kSampleBlock)));
     f(set, begin, n, scratch);
   });
 }
 
 template <bool kHard>
 void sample_values(
-    const MaskSpec& spec,
-    const float* logits,
-    int64_t count,
-    float* values,
-    const Runner& runner) {
+    const MaskSpec& spec, const float* logits, int64_t count, float* values, const Runner& runner) {
   for_sample_blocks(
       spec, count, runner, [&](int64_t set, int64_t begin, int64_t n, Scratch& scratch) {
         float* exps = scratch.floats(kSampleBlock);
@@ -35,19 +30,15 @@ void sample_values(
           const RowNoise noise = RowMasks(spec, set, k, spec.tensor_id)
                                      .row(spec.element_offset + begin, n, exps, from, words);
           float* to = values + (k * spec.sets + set) * count + begin;
-          for_mask_vectors<kHard, false>(
-              noise, n, spec.tau,
-              [&](int64_t i, auto& m) { store_part(to + i, m.values(m), n - i); });
+          for_mask_vectors<kHard, false>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+            store_part(to + i, m.values(m), n - i);
+          });
         }
       });
 }
 
 inline void sample_bits(
-    const MaskSpec& spec,
-    const float* logits,
-    int64_t count,
-    uint8_t* bits,
-    const Runner& runner) {
+    const MaskSpec& spec, const float* logits, int64_t count, uint8_t* bits, const Runner& runner) {
   const int64_t bytes = ceil_div(count, 8);
   for_sample_blocks(
       spec, count, runner, [&](int64_t set, int64_t begin, int64_t n, Scratch& scratch) {
@@ -76,8 +67,7 @@ inline void sample_bits(
             for (int64_t j = 0; j < (kLanes > 8 ? kLanes / 8 : 1) && j * 8 < left; ++j) {
               const int64_t valid = left - j * 8;
               const uint32_t part = byte >> (8 * j) & 0xFFu;
-              to[i / 8 + j] =
-                  static_cast<uint8_t>(valid >= 8 ? part : part & ((1u << valid) - 1u));
+              to[i / 8 + j] = static_cast<uint8_t>(valid >= 8 ? part : part & ((1u << valid) - 1u));
             }
           }
         }
@@ -110,4 +100,4 @@ inline void sample_backward(
       });
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

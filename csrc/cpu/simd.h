@@ -100,8 +100,7 @@ MODMASK_INLINE vq mul_low32(vq a, vq b) {
 // v where a < b, else 0.
 MODMASK_INLINE vf where_less(vf a, vf b, vf v) {
 #if defined(MODMASK_AVX512)
-  return (vf)_mm512_maskz_mov_ps(
-      _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512)v);
+  return (vf)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512)v);
 #else
   return (vf)((a < b) & (vi)v);
 #endif
@@ -171,4 +170,4 @@ MODMASK_INLINE float sum(vf v) {
   return total;
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

@@ -27,11 +27,11 @@ inline float widen(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7FFFu;
   uint32_t bits;
-  if (magnitude >= 0x7C00u) { // infinity, NaN
+  if (magnitude >= 0x7C00u) {  // infinity, NaN
     bits = 0x7F800000u | (magnitude & 0x3FFu) << 13;
   } else if (magnitude >= 0x400u) {
     bits = (magnitude << 13) + 0x38000000u;
-  } else { // zero, subnormal: a multiple of 2^-24
+  } else {  // zero, subnormal: a multiple of 2^-24
     const float f = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
     __builtin_memcpy(&bits, &f, sizeof bits);
   }
@@ -63,12 +63,12 @@ inline void narrow(float f, Float16& out) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) {
     out.bits = sign | 0x7E00u;
-  } else if (magnitude >= 0x477FF000u) { // rounds to 65536 or more
+  } else if (magnitude >= 0x477FF000u) {  // rounds to 65536 or more
     out.bits = sign | 0x7C00u;
   } else if (magnitude >= 0x38800000u) {
     const uint32_t rounded = magnitude + 0xFFFu + ((magnitude >> 13) & 1u);
     out.bits = static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-  } else { // subnormal: adding 1/2 rounds to a multiple of 2^-24
+  } else {  // subnormal: adding 1/2 rounds to a multiple of 2^-24
     float g;
     __builtin_memcpy(&g, &magnitude, sizeof g);
     g += 0.5f;
@@ -204,7 +204,7 @@ class Scratch {
 // thread, so the result does not either.
 template <typename Task>
 void run_tasks(const Runner& runner, int64_t count, double cost, const Task& task) {
-  constexpr double kWorthAThread = 2e4; // about 5 us
+  constexpr double kWorthAThread = 2e4;  // about 5 us
   int64_t threads = runner.threads;
   threads = threads < count ? threads : count;
   const int64_t worth = static_cast<int64_t>(cost / kWorthAThread) + 1;
@@ -235,4 +235,4 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-} // namespace modmask::MODMASK_CAPABILITY
+}  // namespace modmask::MODMASK_CAPABILITY

@@ -7,7 +7,7 @@ compiled library adds its kernels to them, and without it the reference serves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +15,28 @@ from torch import Tensor
 from .. import _native
 
 NAMESPACE = "modmask"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def define(schema: str, reference: Callable[..., Any]) -> None:
     """Define `modmask::<schema>`; `reference` serves where no compiled kernel is loaded."""
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
     if not _native.available():
-        LIBRARY.impl(name, reference, "CPU")
+        LIBRARY.impl(name, reference, "CPU")  # type: ignore[no-untyped-call]
+
+
+def fake(name: str) -> Callable[[Function], Function]:
+    """Decorates the fake kernel of an operation: shapes and dtypes without data."""
+
+    def register(function: Function) -> Function:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=LIBRARY)
+        return function
+
+    return register
 
 
 def traced() -> bool:

@@ -61,14 +61,14 @@ def _backward_reference(
     *draw_and_needs: Any,
 ) -> tuple[Tensor, ...]:
     draw, needs = draw_and_needs[:8], draw_and_needs[8:]
-    inputs = [x, weight, logits, bias, bias_logits]
+    given = (x, weight, logits, bias, bias_logits)
     with torch.enable_grad():
-        inputs = [
+        leaves: list[Any] = [
             None if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(inputs, needs, strict=True)
+            for t, need in zip(given, needs, strict=True)
         ]
-        y = _forward_reference(*inputs, *draw)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        y = _forward_reference(*leaves, *draw)
+    wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
     return tuple(next(grads) if need else dy.new_empty(0) for need in needs)
 
@@ -86,12 +86,12 @@ _library.define(
 )
 
 
-@torch.library.register_fake("modmask::masked_linear", lib=_library.LIBRARY)
+@_library.fake("masked_linear")
 def _forward_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("modmask::masked_linear_backward", lib=_library.LIBRARY)
+@_library.fake("masked_linear_backward")
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -144,7 +144,7 @@ def _fits(
     seed: Tensor | None,
     samples: int,
 ) -> bool:
-    """Whether everything plainly fits a batch in the first dimension; False asks for a close look."""
+    """Whether all plainly fits a batch in the first dimension; False asks for a close look."""
     rows, columns = weight.shape if weight.dim() == 2 else (-1, -1)
     device, dtype = x.device, x.dtype
     sets = logits.shape[0]
@@ -250,10 +250,10 @@ def _check_arguments(
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """The registered gradient without its generic machinery, which costs more than a small layer."""
+    """The registered gradient without the generic machinery, dearer than a small layer."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs[:6])
         ctx.draw = inputs[6:]
         with torch._C._AutoDispatchBelowAutograd():
@@ -261,7 +261,7 @@ class _MaskedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the registered operation refuses, with a reason
             return _backward(ctx, dy)
         with torch._C._AutoDispatchBelowAutograd():

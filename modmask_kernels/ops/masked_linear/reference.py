@@ -38,21 +38,28 @@ def masked_linear(
         seed = seed.expand(sets)
     groups = sets * samples
 
+    batch = x.shape[batch_dim]
+    rows = batch // groups
     parts = []
-    for g, part in enumerate(x.chunk(groups, dim=batch_dim) if x.shape[batch_dim] else [x] * groups):
+    for g in range(groups):
         s, k = divmod(g, samples)
-        draw = {
-            "seed": None if seed is None else seed[s],
-            "sample": sample_offset + k,
-            "tau": tau,
-            "hard": hard,
-        }
-        mask = mask_of_sample(
-            logits[s], tensor_id=tensor_id, element_offset=element_offset, **draw
-        )
+
+        def mask(
+            of: Tensor, name: int, offset: int = 0, s: int = s, sample: int = sample_offset + k
+        ) -> Tensor:
+            return mask_of_sample(
+                of[s],
+                seed=None if seed is None else seed[s],
+                sample=sample,
+                tensor_id=name,
+                element_offset=offset,
+                tau=tau,
+                hard=hard,
+            )
+
         b = bias
         if bias is not None and bias_logits is not None:
-            b = bias * mask_of_sample(bias_logits[s], tensor_id=bias_tensor_id, **draw).to(bias.dtype)
-        parts.append(F.linear(part, weight * mask.to(weight.dtype), b))
-    y = torch.cat(parts, dim=batch_dim)
-    return y if x.shape[batch_dim] else y[(slice(None),) * batch_dim + (slice(0, 0),)]
+            b = bias * mask(bias_logits, bias_tensor_id).to(bias.dtype)
+        masked = weight * mask(logits, tensor_id, element_offset).to(weight.dtype)
+        parts.append(F.linear(x.narrow(batch_dim, g * rows, rows), masked, b))
+    return torch.cat(parts, dim=batch_dim)

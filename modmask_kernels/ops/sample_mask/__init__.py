@@ -88,19 +88,19 @@ _library.define(
 )
 
 
-@torch.library.register_fake("modmask::sample_mask", lib=_library.LIBRARY)
+@_library.fake("sample_mask")
 def _values_fake(logits: Tensor, seed: Tensor, samples: int, *_: Any) -> Tensor:
     return logits.new_empty((samples, *logits.shape))
 
 
-@torch.library.register_fake("modmask::sample_mask_packed", lib=_library.LIBRARY)
+@_library.fake("sample_mask_packed")
 def _packed_fake(logits: Tensor, seed: Tensor, samples: int, *_: Any) -> Tensor:
     sets = logits.shape[: seed.dim()]
     count = logits[0].numel() if seed.dim() else logits.numel()
     return logits.new_empty((samples, *sets, (count + 7) // 8), dtype=torch.uint8)
 
 
-@torch.library.register_fake("modmask::sample_mask_backward", lib=_library.LIBRARY)
+@_library.fake("sample_mask_backward")
 def _backward_fake(dvalues: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
