@@ -35,7 +35,11 @@ MODMASK_INLINE void for_mask_vectors_as(const RowNoise& row, int64_t n, float ta
     for (int64_t i = 0; i < n; i += kLanes) {
       MaskVector<kHard> m{vf{}, load_part(row.logits + i, n - i), {}};
       if constexpr (kSlope || !kHard) {
-        m.soft = surrogate<kUnitTau>(half * load(row.exp_minus + i), half, inverse_tau);
+        if constexpr (kUnitTau) {
+          m.soft = surrogate(half * load(row.exp_minus + i), half);
+        } else {
+          m.soft = surrogate(m.high, half, half, inverse_tau);
+        }
       }
       f(i, m);
     }
@@ -45,7 +49,11 @@ MODMASK_INLINE void for_mask_vectors_as(const RowNoise& row, int64_t n, float ta
     const vf u = noise_value(load(row.words + i));
     MaskVector<kHard> m{u * load(row.exp_minus + i), two24 - u, {}};
     if constexpr (kSlope || !kHard) {
-      m.soft = surrogate<kUnitTau>(m.low, m.high, inverse_tau);
+      if constexpr (kUnitTau) {
+        m.soft = surrogate(m.low, m.high);
+      } else {
+        m.soft = surrogate(load_part(row.logits + i, n - i), u, m.high, inverse_tau);
+      }
     }
     f(i, m);
   }

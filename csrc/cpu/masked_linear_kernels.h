@@ -13,6 +13,8 @@ constexpr int64_t kForwardRows = 24;  // of the weight tile
 constexpr int64_t kForwardDepth = 256;
 constexpr int64_t kBackwardRows = 24;
 constexpr int64_t kBackwardColumns = 256;
+// Products longer than this are summed in parts, which keeps the rounding error of plain products.
+constexpr int64_t kSumDepth = 128;
 constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
 
 // Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
@@ -136,22 +138,26 @@ MODMASK_INLINE void forward_panel(
     int64_t y_step,
     bool first,
     TileAhead& ahead) {
-  for (int64_t o = 0; o < tile_rows; o += kTileRows) {
-    ahead.some();
-    with_rows(tile_rows - o, [&](auto rows) {
-      constexpr int kRows = decltype(rows)::value;
-      vf c[kRows][kVectors];
-      multiply<kRows, kVectors>(
-          tile + o * tile_step, tile_step, 1, panel, kVectors * kLanes, depth, c);
+  constexpr int64_t kWidth = kVectors * kLanes;
+  for (int64_t k = 0; k < depth; k += kSumDepth) {
+    const int64_t k_count = depth - k < kSumDepth ? depth - k : kSumDepth;
+    for (int64_t o = 0; o < tile_rows; o += kTileRows) {
+      ahead.some();
+      with_rows(tile_rows - o, [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        vf c[kRows][kVectors];
+        multiply<kRows, kVectors>(
+            tile + o * tile_step + k, tile_step, 1, panel + k * kWidth, kWidth, k_count, c);
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        float* to = y + (o + m) * y_step;
+        for (int m = 0; m < kRows; ++m) {
+          float* to = y + (o + m) * y_step;
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          store(to + v * kLanes, first ? c[m][v] : c[m][v] + load(to + v * kLanes));
+          for (int v = 0; v < kVectors; ++v) {
+            store(to + v * kLanes, first && k == 0 ? c[m][v] : c[m][v] + load(to + v * kLanes));
+          }
         }
-      }
-    });
+      });
+    }
   }
 }
 
@@ -215,7 +221,8 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         TileAhead ahead(
             weight, logits, in, next_o, out - next_o < kForwardRows ? out - next_o : kForwardRows,
             next_i, in - next_i < kForwardDepth ? in - next_i : kForwardDepth,
-            spec.samples * ceil_div(r_count, kTileColumns) * ceil_div(o_count, kTileRows));
+            spec.samples * ceil_div(r_count, kTileColumns) * ceil_div(o_count, kTileRows) *
+                ceil_div(i_count, kSumDepth));
         for (int64_t k = 0; k < spec.samples; ++k) {
           const RowMasks masks(spec, set, k, spec.tensor_id);
           for (int64_t o = 0; o < o_count; ++o) {
@@ -430,6 +437,8 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   T* dx = static_cast<T*>(d.dx);
   T* dweight = static_cast<T*>(d.dweight);
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
+  // long sums over the batch are cut into equal parts of at most kSumDepth rows
+  const int64_t depth = ceil_div(rows, ceil_div(rows, kSumDepth));
   const double copy_cost = static_cast<double>(all_rows * out);
 
   constexpr bool kWiden = !__is_same(T, float);
@@ -529,15 +538,19 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
                 tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, in, o0 * in + i0,
                 words);
             const int64_t row = (set * spec.samples + k) * rows;  // first of the group
-            const float* group_dy = packed_dy + block * packed_block + row * kTileRows;
             for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
-              const float* x_strip = x_strips + strip_at(i, row - first_row);
-              if (d.dlogits != nullptr && dweight != nullptr) {
-                add_outer<true, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0, ahead);
-              } else if (d.dlogits != nullptr) {
-                add_outer<true, false>(tile, i, group_dy, all_rows, x_strip, rows, k == 0, ahead);
-              } else if (dweight != nullptr) {
-                add_outer<false, true>(tile, i, group_dy, all_rows, x_strip, rows, k == 0, ahead);
+              for (int64_t r = 0; need_outer && r < rows; r += depth) {
+                const int64_t count = rows - r < depth ? rows - r : depth;
+                const float* dy_rows = packed_dy + block * packed_block + (row + r) * kTileRows;
+                const float* x_rows = x_strips + strip_at(i, row + r - first_row);
+                const bool first = k == 0 && r == 0;
+                if (d.dlogits != nullptr && dweight != nullptr) {
+                  add_outer<true, true>(tile, i, dy_rows, all_rows, x_rows, count, first, ahead);
+                } else if (d.dlogits != nullptr) {
+                  add_outer<true, false>(tile, i, dy_rows, all_rows, x_rows, count, first, ahead);
+                } else {
+                  add_outer<false, true>(tile, i, dy_rows, all_rows, x_rows, count, first, ahead);
+                }
               }
               if (dx != nullptr) {
                 float* dx_strip = dx_strips + strip_at(i, row - first_row);
@@ -580,12 +593,14 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
     run_tasks(runner, ceil_div(out, kBlock), cost, [&](int64_t t) {
       const int64_t o0 = t * kBlock;
       const int64_t count = out - o0 < kBlock ? out - o0 : kBlock;
-      float total[kBlock] = {}, column[kBlock], exps[kBlock], d_logits[kBlock];
+      // a bias gradient is one long sum per output: in double, it costs nothing
+      double total[kBlock] = {}, d_logits[kBlock], column[kBlock];
+      float exps[kBlock], values[kBlock], slopes[kBlock], narrowed[kBlock];
       uint32_t words[words_needed(kBlock)];
       for (int64_t set = 0; set < spec.sets; ++set) {
-        std::fill(d_logits, d_logits + kBlock, 0.0f);
+        std::fill(d_logits, d_logits + kBlock, 0.0);
         for (int64_t k = 0; k < spec.samples; ++k) {
-          std::fill(column, column + kBlock, 0.0f);
+          std::fill(column, column + kBlock, 0.0);
           const float* from = dy + (set * spec.samples + k) * rows * out + o0;
           for (int64_t r = 0; r < rows; ++r) {
             for (int64_t o = 0; o < count; ++o) {
@@ -603,18 +618,25 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           const RowNoise noise =
               RowMasks(spec, set, k, p.bias_tensor_id).row(o0, count, exps, b_logits, words);
           for_mask_vectors<kHard, true>(noise, count, spec.tau, [&](int64_t i, auto& m) {
-            const vf sum = load(column + i);
-            const vf b = load_part(bias + o0 + i, count - i);
-            store(total + i, load(total + i) + m.apply(m, sum));
-            store(d_logits + i, fma(sum * b, m.soft.slope, load(d_logits + i)));
+            store(values + i, m.values(m));
+            store(slopes + i, m.soft.slope);
           });
+          for (int64_t o = 0; o < count; ++o) {
+            total[o] += column[o] * values[o];
+            d_logits[o] += column[o] * widen(bias[o0 + o]) * slopes[o];
+          }
         }
         if (d.dbias_logits != nullptr) {
-          std::copy(d_logits, d_logits + count, d.dbias_logits + set * out + o0);
+          for (int64_t o = 0; o < count; ++o) {
+            d.dbias_logits[set * out + o0 + o] = static_cast<float>(d_logits[o]);
+          }
         }
       }
       if (dbias != nullptr) {
-        narrow_row(total, dbias + o0, count);
+        for (int64_t o = 0; o < count; ++o) {
+          narrowed[o] = static_cast<float>(total[o]);
+        }
+        narrow_row(narrowed, dbias + o0, count);
       }
     });
   }

@@ -115,8 +115,14 @@ MODMASK_INLINE vf noise_value(vu word) {
   return to_float((word >> 8) | 1u);
 }
 
+// A number as integer + fraction, which keeps the digits that one float32 would lose.
+struct Split {
+  vf integer;
+  vf fraction;
+};
+
 // log2 of positive, normal numbers; absolute error 1e-7.
-MODMASK_INLINE vf log2_positive(vf x) {
+MODMASK_INLINE Split log2_positive(vf x) {
   // mantissa in [sqrt(1/2), sqrt(2))
   const vi bits = (vi)x - 0x3F3504F3;
   const vi exponent = bits >> 23;
@@ -129,29 +135,55 @@ MODMASK_INLINE vf log2_positive(vf x) {
   p = fma(p, t2, splat(2.0f / 5.0f));
   p = fma(p, t2, splat(2.0f / 3.0f));
   p = fma(p, t2, splat(2.0f));
-  return fma(p * t, splat(1.44269504f), __builtin_convertvector(exponent, vf));
+  return {__builtin_convertvector(exponent, vf), p * t * splat(1.44269504f)};
 }
 
-// s = sigmoid((logit + log((1-u)/u)) / tau) = 1 / (1 + (U e / (2^24 - U))^(1/tau)) and its
-// derivative s (1 - s) / tau with respect to the logit.
+// logit * log2(e); ln 2 in two parts makes the reduction exact.
+MODMASK_INLINE Split log2_of_exp(vf logit) {
+  const vf limit = splat(80.0f);
+  const vf l = maximum(minimum(logit, limit), -limit);
+  const vf round = splat(kRoundToInteger);
+  const vf n = (l * splat(-kMinusLog2E) + round) - round;
+  const vf rest = (l - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  return {n, rest * splat(-kMinusLog2E)};
+}
+
+// s = sigmoid((logit + log((1-u)/u)) / tau) and its derivative s (1 - s) / tau with respect to the
+// logit.
 struct Surrogate {
   vf value;
   vf slope;
 };
 
-template <bool kUnitTau>
-MODMASK_INLINE Surrogate surrogate(vf ue, vf rest, float inverse_tau) {
-  if constexpr (kUnitTau) {
-    const vf inverse = reciprocal(ue + rest);
-    const vf s = rest * inverse;
-    return {s, s * (ue * inverse)};
-  } else {
-    vf t = (log2_positive(ue) - log2_positive(rest)) * inverse_tau;
-    // exp_minus clamps and takes natural units
-    const vf ratio = exp_minus(t * -0.693147181f);
-    const vf inverse = 1.0f / (1.0f + ratio);
-    return {inverse, inverse * (ratio * inverse) * inverse_tau};
+// With s = 1 / (1 + U e / (2^24 - U)) at tau = 1.
+MODMASK_INLINE Surrogate surrogate(vf ue, vf rest) {
+  const vf inverse = reciprocal(ue + rest);
+  const vf s = rest * inverse;
+  return {s, s * (ue * inverse)};
+}
+
+// At any temperature; `u` is U, `rest` 2^24 - U.
+MODMASK_INLINE Surrogate surrogate(vf logit, vf u, vf rest, float inverse_tau) {
+  const Split l = log2_of_exp(logit);
+  const Split odds = log2_positive(u / rest);
+  // log2 of (U e / rest)^(1/tau), again as integer and fraction
+  const vf scale = splat(inverse_tau);
+  const vf whole = (odds.integer - l.integer) * scale;
+  const vf lost = fma(odds.integer - l.integer, scale, -whole);
+  const vf part = (odds.fraction - l.fraction) * scale + lost;
+  const vf limit = splat(kExponentLimit);
+  const vf bounded = maximum(minimum(whole, limit), -limit);
+  const vf round = splat(kRoundToInteger);
+  const vf shifted = (bounded + part) + round;
+  const vf f = (bounded - (shifted - round)) + part;
+  vf p = splat(kExp2[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i <= kExp2Degree; ++i) {
+    p = fma(p, f, splat(kExp2[i]));
   }
+  const vf ratio = p * (vf)(((vu)shifted << 23) + 0x3F800000u);
+  const vf inverse = 1.0f / (1.0f + ratio);
+  return {inverse, inverse * (ratio * inverse) * inverse_tau};
 }
 
 }  // namespace modmask::MODMASK_CAPABILITY
