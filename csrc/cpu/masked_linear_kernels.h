@@ -11,7 +11,7 @@ namespace modmask::MODMASK_CAPABILITY {
 
 constexpr int64_t kForwardRows = 24;  // of the weight tile
 constexpr int64_t kForwardDepth = 256;
-constexpr int64_t kBackwardRows = 24;
+constexpr int64_t kBackwardRows = 48;
 constexpr int64_t kBackwardColumns = 256;
 // Products longer than this are summed in parts, which keeps the rounding error of plain products.
 constexpr int64_t kSumDepth = 128;
@@ -40,70 +40,64 @@ void load_tile(
   }
 }
 
-// Fetches the weights and logits of the next tile while the products of this one run: its rows lie
-// on different pages, where the hardware does not look ahead.
-class TileAhead {
+// A block of rows in memory, fetched line by line.
+class Lines {
  public:
+  Lines() = default;
+
   template <typename T>
-  TileAhead(
-      const T* weight,
-      const float* logits,
-      int64_t in,
-      int64_t o0,
-      int64_t rows,
-      int64_t i0,
-      int64_t n,
-      int64_t calls)
-      : lines_{
-            Lines(weight + o0 * in + i0, in, rows, n), Lines(logits + o0 * in + i0, in, rows, n)} {
-    const int64_t all =
-        lines_[0].total() > lines_[1].total() ? lines_[0].total() : lines_[1].total();
-    each_ = ceil_div(all, calls > 0 ? calls : 1);
+  Lines(const T* first, int64_t step, int64_t rows, int64_t n)
+      : line_(reinterpret_cast<const char*>(first)),
+        row_bytes_(n * static_cast<int64_t>(sizeof(T))),
+        row_step_(step * static_cast<int64_t>(sizeof(T))),
+        rows_(first != nullptr && rows > 0 ? rows : 0) {}
+
+  int64_t count() const {
+    return rows_ * (row_bytes_ / 64 + 1);
   }
 
-  // To be called about `calls` times.
-  void some() {
-    for (int64_t i = 0; i < each_; ++i) {
-      lines_[0].fetch();
-      lines_[1].fetch();
+  MODMASK_INLINE void fetch(Lines& lines, int64_t n) {
+    while (n > 0 && lines.rows_ > 0) {
+      for (; n > 0 && lines.at_ < lines.row_bytes_; --n, lines.at_ += 64) {
+        __builtin_prefetch(lines.line_ + lines.at_, 0, 2);
+      }
+      if (lines.at_ >= lines.row_bytes_) {
+        lines.at_ = 0;
+        lines.line_ += lines.row_step_;
+        --lines.rows_;
+      }
     }
   }
 
  private:
-  struct Lines {
-    const char* line;
-    int64_t row_bytes;
-    int64_t row_step;
-    int64_t rows;
-    int64_t at = 0;
+  const char* line_ = nullptr;
+  int64_t row_bytes_ = 0;
+  int64_t row_step_ = 0;
+  int64_t rows_ = 0;
+  int64_t at_ = 0;
+};
 
-    template <typename T>
-    Lines(const T* first, int64_t step, int64_t count, int64_t n)
-        : line(reinterpret_cast<const char*>(first)),
-          row_bytes(n * static_cast<int64_t>(sizeof(T))),
-          row_step(step * static_cast<int64_t>(sizeof(T))),
-          rows(count) {}
-
-    int64_t total() const {
-      return rows > 0 ? rows * (row_bytes / 64 + 1) : 0;
+// Fetches the weights and logits of the next tile, and the place of this one's result, while the
+// products run: the rows of a tile lie on different pages, where the hardware does not look ahead.
+class TileAhead {
+ public:
+  TileAhead(const Lines& weight, const Lines& logits, const Lines& result, int64_t calls)
+      : lines_{weight, logits, result} {
+    for (int i = 0; i < 3; ++i) {
+      each_[i] = ceil_div(lines_[i].count(), calls > 0 ? calls : 1);
     }
+  }
 
-    void fetch() {
-      if (rows <= 0) {
-        return;
-      }
-      __builtin_prefetch(line + at, 0, 2);
-      at += 64;
-      if (at >= row_bytes) {
-        at = 0;
-        line += row_step;
-        --rows;
-      }
+  // To be called about `calls` times.
+  MODMASK_INLINE void some(TileAhead& ahead) {
+    for (int i = 0; i < 3; ++i) {
+      Lines::fetch(ahead.lines_[i], ahead.each_[i]);
     }
-  };
+  }
 
-  Lines lines_[2];
-  int64_t each_;
+ private:
+  Lines lines_[3];
+  int64_t each_[3];
 };
 
 // ---- forward ----
@@ -142,7 +136,7 @@ MODMASK_INLINE void forward_panel(
   for (int64_t k = 0; k < depth; k += kSumDepth) {
     const int64_t k_count = depth - k < kSumDepth ? depth - k : kSumDepth;
     for (int64_t o = 0; o < tile_rows; o += kTileRows) {
-      ahead.some();
+      TileAhead::some(ahead);
       with_rows(tile_rows - o, [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
         vf c[kRows][kVectors];
@@ -218,9 +212,12 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         const bool last = i0 + kForwardDepth >= in;
         const int64_t next_i = last ? 0 : i0 + kForwardDepth;
         const int64_t next_o = last ? o0 + runner.threads * kForwardRows : o0;
+        const int64_t next_rows = out - next_o < kForwardRows ? out - next_o : kForwardRows;
+        const int64_t next_columns = in - next_i < kForwardDepth ? in - next_i : kForwardDepth;
+        const int64_t next = next_o * in + next_i;
         TileAhead ahead(
-            weight, logits, in, next_o, out - next_o < kForwardRows ? out - next_o : kForwardRows,
-            next_i, in - next_i < kForwardDepth ? in - next_i : kForwardDepth,
+            Lines(weight + next, in, next_rows, next_columns),
+            Lines(logits + next, in, next_rows, next_columns), Lines(),
             spec.samples * ceil_div(r_count, kTileColumns) * ceil_div(o_count, kTileRows) *
                 ceil_div(i_count, kSumDepth));
         for (int64_t k = 0; k < spec.samples; ++k) {
@@ -289,8 +286,15 @@ void pack_dy(const T* dy, int64_t out, int64_t o_count, int64_t rows, float* pac
     for (int64_t o = 0; o < o_count; o += kTileRows) {
       float* to = packed + o * rows + r * kTileRows;
       const T* from = dy + r * out + o;
-      for (int64_t m = 0; m < kTileRows; ++m) {
-        to[m] = o + m < o_count ? widen(from[m]) : 0.0f;
+      const int64_t valid = o_count - o < kTileRows ? o_count - o : kTileRows;
+      if (valid == kTileRows) {
+        for (int m = 0; m < kTileRows; ++m) {
+          to[m] = widen(from[m]);
+        }
+      } else {
+        for (int64_t m = 0; m < kTileRows; ++m) {
+          to[m] = m < valid ? widen(from[m]) : 0.0f;
+        }
       }
     }
   }
@@ -373,7 +377,7 @@ void add_outer(
     bool first,
     TileAhead& ahead) {
   for (int64_t o = 0; o < t.o_count; o += kTileRows) {
-    ahead.some();
+    TileAhead::some(ahead);
     with_rows(t.o_count - o, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
@@ -407,7 +411,7 @@ inline void add_dx(
     bool first,
     TileAhead& ahead) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
-    ahead.some();
+    TileAhead::some(ahead);
     with_rows(rows - r, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
@@ -527,9 +531,13 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           load_tile(
               weight, logits, in, o0, tile.o_count, i0, tile.i_count, width, tile.wide, tile.exps);
           const int64_t next_o = block + 1 < last_block ? o0 + kBackwardRows : out;
+          const int64_t next_rows = out - next_o < kBackwardRows ? out - next_o : kBackwardRows;
+          const int64_t next = next_o * in + i0, here = (set * out + o0) * in + i0;
           TileAhead ahead(
-              weight, logits, in, next_o,
-              out - next_o < kBackwardRows ? out - next_o : kBackwardRows, i0, tile.i_count,
+              Lines(weight + next, in, next_rows, tile.i_count),
+              Lines(logits + next, in, next_rows, tile.i_count),
+              d.dlogits != nullptr ? Lines(d.dlogits + here, in, tile.o_count, tile.i_count)
+                                   : Lines(),
               spec.samples * ceil_div(tile.i_count, kTileColumns) *
                   (ceil_div(tile.o_count, kTileRows) +
                    (dx != nullptr ? ceil_div(rows, kTileRows) : 0)));
