@@ -242,10 +242,10 @@ def markdown(results: Results, command: str, figure: Any | None) -> str:
         figure: the `report.page.Figure` whose files lie beside the page, or None.
     """
     # needs matplotlib, which the text does not
-    from ..report.summary import _markdown_figure, markdown_table
+    from ..report.summary import markdown_figure, markdown_table
 
     parts = ["# Speed and memory", headline(results["machine"]) + ".", f"```\n{command}\n```"]
     if figure is not None:
-        parts.append(_markdown_figure(figure).rstrip("\n"))
+        parts.append(markdown_figure(figure).rstrip("\n"))
     parts += [markdown_table(table).rstrip("\n") for table in tables(results)]
     return "\n\n".join(parts) + "\n"

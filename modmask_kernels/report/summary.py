@@ -43,7 +43,7 @@ def markdown_table(table: Table) -> str:
     return f"**{table.caption}**\n\n{text}{note}\n"
 
 
-def _markdown_figure(figure: Figure) -> str:
+def markdown_figure(figure: Figure) -> str:
     return (
         "<picture>\n"
         f'<source media="(prefers-color-scheme: dark)" srcset="{figure.name}-dark.svg">\n'
@@ -70,7 +70,7 @@ def markdown(page: Page, command: str) -> str:
             continue
         parts.append(f"## {section.title}")
         parts += section.text
-        parts += [_markdown_figure(figure) for figure in figures]
+        parts += [markdown_figure(figure) for figure in figures]
         parts += [markdown_table(table) for table in section.tables]
     parts.append("## Settings and provenance")
     parts += [markdown_table(table) for table in [page.settings, *page.provenance]]
