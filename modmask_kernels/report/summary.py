@@ -44,6 +44,7 @@ def markdown_table(table: Table) -> str:
 
 
 def markdown_figure(figure: Figure) -> str:
+    """A figure in Markdown, light or dark as the reader's page is."""
     return (
         "<picture>\n"
         f'<source media="(prefers-color-scheme: dark)" srcset="{figure.name}-dark.svg">\n'
