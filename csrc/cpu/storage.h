@@ -172,7 +172,7 @@ class Scratch {
       data_ = static_cast<char*>(std::aligned_alloc(4096, capacity_));
       if (data_ == nullptr) {
         capacity_ = 0;
-        std::abort();
+        throw std::bad_alloc();
       }
     }
   }
