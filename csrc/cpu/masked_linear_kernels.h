@@ -135,23 +135,21 @@ MODMASK_INLINE void forward_panel(
   constexpr int64_t kWidth = kVectors * kLanes;
   for (int64_t k = 0; k < depth; k += kSumDepth) {
     const int64_t k_count = depth - k < kSumDepth ? depth - k : kSumDepth;
-    for (int64_t o = 0; o < tile_rows; o += kTileRows) {
+    for_even_tiles(tile_rows, [&](int64_t o, auto rows) {
       TileAhead::some(ahead);
-      with_rows(tile_rows - o, [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        vf c[kRows][kVectors];
-        multiply<kRows, kVectors>(
-            tile + o * tile_step + k, tile_step, 1, panel + k * kWidth, kWidth, k_count, c);
+      constexpr int kRows = decltype(rows)::value;
+      vf c[kRows][kVectors];
+      multiply<kRows, kVectors>(
+          tile + o * tile_step + k, tile_step, 1, panel + k * kWidth, kWidth, k_count, c);
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) {
-          float* to = y + (o + m) * y_step;
+      for (int m = 0; m < kRows; ++m) {
+        float* to = y + (o + m) * y_step;
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) {
-            store(to + v * kLanes, first && k == 0 ? c[m][v] : c[m][v] + load(to + v * kLanes));
-          }
+        for (int v = 0; v < kVectors; ++v) {
+          store(to + v * kLanes, first && k == 0 ? c[m][v] : c[m][v] + load(to + v * kLanes));
         }
-      });
-    }
+      }
+    });
   }
 }
 
@@ -410,23 +408,21 @@ inline void add_dx(
     float* dx_strip,
     bool first,
     TileAhead& ahead) {
-  for (int64_t r = 0; r < rows; r += kTileRows) {
+  for_even_tiles(rows, [&](int64_t r, auto tile_rows) {
     TileAhead::some(ahead);
-    with_rows(rows - r, [&](auto tile_rows) {
-      constexpr int kRows = decltype(tile_rows)::value;
-      vf c[kRows][2];
-      multiply<kRows, 2>(dy + r * out, out, 1, t.masked + i, t.step, t.o_count, c);
-      float* to = dx_strip + r * kTileColumns;
+    constexpr int kRows = decltype(tile_rows)::value;
+    vf c[kRows][2];
+    multiply<kRows, 2>(dy + r * out, out, 1, t.masked + i, t.step, t.o_count, c);
+    float* to = dx_strip + r * kTileColumns;
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          float* part = to + m * kTileColumns + v * kLanes;
-          store(part, first ? c[m][v] : c[m][v] + load(part));
-        }
+      for (int v = 0; v < 2; ++v) {
+        float* part = to + m * kTileColumns + v * kLanes;
+        store(part, first ? c[m][v] : c[m][v] + load(part));
       }
-    });
-  }
+    }
+  });
 }
 
 template <typename T, bool kHard>

@@ -60,4 +60,17 @@ MODMASK_INLINE void with_rows(int64_t rows, const F& f) {
   }
 }
 
+// Cuts rows into as few tiles as possible, of nearly equal height: f(first row, height). A last
+// tile of one or two rows would wait for its own sums.
+template <typename F>
+MODMASK_INLINE void for_even_tiles(int64_t rows, const F& f) {
+  for (int64_t r = 0; r < rows;) {
+    const int64_t left = rows - r;
+    const int64_t tiles = (left + kTileRows - 1) / kTileRows;
+    const int64_t height = (left + tiles - 1) / tiles;
+    with_rows(height, [&](auto tile_rows) { f(r, tile_rows); });
+    r += height;
+  }
+}
+
 }  // namespace modmask::MODMASK_CAPABILITY
