@@ -1,0 +1,57 @@
+// The C interface of bridge.cpp; tests/ops/native_build.py mirrors it for ctypes.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct Draw {
+  const int64_t* seeds;  // [sets] or null
+  int64_t sets;
+  int64_t samples;
+  int64_t sample_offset;
+  int64_t element_offset;
+  int64_t tensor_id;
+  float tau;
+  int32_t hard;
+};
+
+struct Linear {
+  int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int64_t rows;
+  int64_t in;
+  int64_t out;
+  const void* x;
+  const void* weight;
+  const float* logits;
+  const void* bias;
+  const float* bias_logits;
+};
+
+struct Gradients {
+  const void* dy;
+  void* dx;
+  void* dweight;
+  float* dlogits;
+  void* dbias;
+  float* dbias_logits;
+};
+
+int table_count();
+const char* table_name(int table);
+void linear_forward(int table, int threads, const Draw*, const Linear*, void* y);
+void linear_backward(int table, int threads, const Draw*, const Linear*, const Gradients*);
+void sample_values(
+    int table, int threads, const Draw*, const float* logits, int64_t count, float* values);
+void sample_bits(
+    int table, int threads, const Draw*, const float* logits, int64_t count, uint8_t* bits);
+void sample_backward(
+    int table,
+    int threads,
+    const Draw*,
+    const float* logits,
+    const float* dvalues,
+    int64_t count,
+    float* dlogits);
+
+}  // extern "C"
