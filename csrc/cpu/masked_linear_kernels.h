@@ -133,7 +133,7 @@ MODMASK_INLINE void forward_panel(
     bool first,
     TileAhead& ahead) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  for (int64_t k = 0; k < depth; k += kSumDepth) {
+  for (int64_t k = 0; k < depth || k == 0; k += kSumDepth) {  // depth 0 still writes zeros
     const int64_t k_count = depth - k < kSumDepth ? depth - k : kSumDepth;
     for_even_tiles(tile_rows, [&](int64_t o, auto rows) {
       TileAhead::some(ahead);
@@ -181,6 +181,8 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   chunk = chunk > kTileColumns ? chunk : kTileColumns;
   chunk = chunk < padded_rows ? chunk : padded_rows;
   const int64_t tile_step = in < kForwardDepth ? padded(in) : kForwardDepth;
+  // of a row of the weight, or of the bias
+  const int64_t word_count = words_needed(tile_step > kForwardRows ? tile_step : kForwardRows);
   const int64_t blocks = ceil_div(out, kForwardRows);
   const double cost =
       static_cast<double>(out * in) * static_cast<double>(groups * (padded_rows + 8)) / kLanes;
@@ -191,12 +193,12 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
     const float* logits = p.logits + set * out * in;
     thread_local Scratch scratch;
     scratch.reserve(
-        3 * Scratch::need(kForwardRows * tile_step) + Scratch::need(words_needed(tile_step)) +
+        3 * Scratch::need(kForwardRows * tile_step) + Scratch::need(word_count) +
         Scratch::need(spec.samples * kForwardRows * chunk) + 3 * Scratch::need(64));
     float* exps = scratch.floats(kForwardRows * tile_step);
     float* wide = scratch.floats(kForwardRows * tile_step);
     float* tile = scratch.floats(kForwardRows * tile_step);
-    uint32_t* words = scratch.words(words_needed(tile_step));
+    uint32_t* words = scratch.words(word_count);
     float* result = scratch.floats(spec.samples * kForwardRows * chunk);
     float* bias_values = scratch.floats(64);
     float* bias_exps = scratch.floats(64);

@@ -147,7 +147,7 @@ def _fits(
     """Whether all plainly fits a batch in the first dimension; False asks for a close look."""
     rows, columns = weight.shape if weight.dim() == 2 else (-1, -1)
     device, dtype = x.device, x.dtype
-    sets = logits.shape[0]
+    sets = logits.shape[0] if logits.dim() else 0
     return (
         x.dim() > 1
         and x.shape[-1] == columns
@@ -174,7 +174,8 @@ def _fits(
         and (
             seed is None
             or (
-                seed.dtype is torch.int64
+                isinstance(seed, Tensor)
+                and seed.dtype is torch.int64
                 and (seed.dim() == 0 or seed.shape == (sets,))
                 and seed.device == device
             )
@@ -232,6 +233,8 @@ def _check_arguments(
             f"the batch of x, {batch} (dimension {batch_dim} of {_check.shape_of(x)}), does not "
             f"divide into {sets} sets * {groups // sets} samples = {groups} equal groups"
         )
+    if not x.is_floating_point():
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
     for t, name in ((weight, "weight"), (bias, "bias")):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, not {t.dtype}")
@@ -365,7 +368,9 @@ def masked_linear(
     if batch_dim or not _fits(x, weight, logits, bias, bias_logits, seed, samples):
         _check_arguments(x, weight, logits, bias, bias_logits, seed, samples, batch_dim)
     if bias_tensor_id is None:
-        bias_tensor_id = tensor_id + 1
+        bias_tensor_id = (tensor_id + 1) % 2**32
+    elif not 0 <= bias_tensor_id < 2**32:
+        raise ValueError(f"bias_tensor_id must be in [0, 2**32), not {bias_tensor_id}")
 
     if not _uses_kernel(x):
         return reference.masked_linear(

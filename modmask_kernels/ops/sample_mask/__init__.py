@@ -306,4 +306,4 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"not {_check.shape_of(packed)}"
         )
     bits = torch.stack([packed >> bit & 1 for bit in range(8)], dim=1)
-    return bits.reshape(-1)[:count].bool().view(*shape)
+    return bits.reshape(-1)[:count].bool().view(torch.Size(shape))
