@@ -18,6 +18,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     path = os.pathsep.join(p for p in (PACKAGE_FOLDER, inherited.get("PYTHONPATH")) if p)
     return subprocess.run(
         [sys.executable, *arguments],
+        cwd=PACKAGE_FOLDER,  # `-c` looks there first, and a checkout need not be built
         env={**inherited, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
