@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import modmask_kernels
 from modmask_kernels.masks import learn_masks, mask_model
 from modmask_kernels.masks.checkpoint import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(modmask_kernels.__file__).parents[1]
 
 
 def masked(seed=0, bias=False):
