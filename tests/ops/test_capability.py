@@ -28,6 +28,11 @@ needs_kernels = pytest.mark.skipif(not _native.available(), reason="tests the co
 # ---- the choice ----
 
 
+def test_kernels_are_loaded():
+    """Without them the tests of the kernels are skipped: that must not go unnoticed."""
+    assert _native.available(), f"the compiled kernels are {_native.LOAD_ERROR}"
+
+
 @needs_kernels
 def test_capabilities_end_with_plain():
     names = _native.capabilities()
