@@ -229,6 +229,7 @@ def stretch(t, kind):
     return longer[1:]
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ["transposed", "strided", "sliced"])
 def test_layout_changes_nothing(kind, capability):
     case = Case()
@@ -242,6 +243,7 @@ def test_layout_changes_nothing(kind, capability):
     equal(apply(ops.masked_linear, tensors, draw, stretch(dy, kind)), expected)
 
 
+@needs_kernels
 def test_expanded_tensors(capability):
     case = Case()
     tensors, draw = case.tensors(), case.draw()
@@ -291,10 +293,12 @@ def test_threshold_ignores_samples(capability):
 
 def test_threshold_of_zero_and_nan(capability):
     logits = torch.tensor([[0.0, -0.0, 1e-45, -1e-45, math.nan, math.inf, -math.inf]])
-    y = ops.masked_linear(torch.eye(7), torch.ones(1, 7), logits)
-    assert y[:, 0].tolist() == [0, 0, 1, 0, 0, 1, 0]
+    for dtype in (torch.float32, torch.float64):
+        y = ops.masked_linear(torch.eye(7, dtype=dtype), torch.ones(1, 7, dtype=dtype), logits)
+        assert y[:, 0].tolist() == [0, 0, 1, 0, 0, 1, 0], dtype
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_time_major(dtype, capability):
     """batch_dim=1 cuts the batch, never time."""
@@ -600,6 +604,7 @@ def test_opcheck(case, bias, dtype):
         )
 
 
+@needs_kernels
 def test_vmap(capability):
     case = Case(sets=1, samples=2)
     tensors, draw = case.tensors(), case.draw()
@@ -630,6 +635,7 @@ def test_vmap(capability):
         assert torch.equal(batched[..., i], with_x(xs[:, i]))
 
 
+@needs_kernels
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_without_breaks_or_recompiles(backend):
     counter = CompileCounterWithBackend(backend)
@@ -687,6 +693,7 @@ def test_backward_twice_over_a_kept_graph():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@needs_kernels
 def test_changed_tensors_are_noticed():
     case = Case()
     leaves = {n: t.requires_grad_() for n, t in case.tensors().items()}

@@ -250,6 +250,13 @@ def test_surrogate_is_the_derivative_of_the_soft_mask():
         torch.testing.assert_close(of_hard, (d * soft * (1 - soft) / tau).sum(0).detach())
 
 
+def test_nan_removes_the_weight_in_the_reference_too():
+    logits = torch.tensor([math.nan, math.inf, -math.inf, 0.5]).repeat(50)
+    for dtype in (torch.float32, torch.float64):
+        mask = reference.sample_mask(logits.to(dtype), seed=torch.tensor(3), samples=2)
+        assert torch.equal(mask.float(), ops.sample_mask(logits, seed=torch.tensor(3), samples=2))
+
+
 def test_float64_uses_the_same_bits():
     logits = draw(3000)
     single = ops.sample_mask(logits, seed=torch.tensor(6))
@@ -285,6 +292,7 @@ def test_opcheck(case):
     )
 
 
+@needs_kernels
 def test_vmap(capability):
     logits, seeds = draw((4, 6, 5)), torch.tensor([1, 2, 3, 4])
 
