@@ -160,8 +160,8 @@ def mask_of_sample(
         kept = keep(logits.detach(), words)
     if not hard:
         return s
-    # written so that the value is exactly 0 or 1 and the gradient that of s
-    return kept.to(s.dtype) + (s - s.detach())
+    # written so that the value is exactly 0 or 1, even where s is NaN, and the gradient that of s
+    return kept.to(s.dtype) + (s - s.detach()).nan_to_num()
 
 
 def sample_mask(
