@@ -1,6 +1,5 @@
 // modmask::masked_linear and its backward on the CPU. Schemas live in Python.
 
-#include <array>
 #include <tuple>
 #include <vector>
 

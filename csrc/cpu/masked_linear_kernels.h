@@ -165,7 +165,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   const int64_t padded_rows = padded(rows, kLanes);
   const int64_t panels = ceil_div(rows, kTileColumns);
   thread_local Scratch packed_scratch;
-  packed_scratch.reserve(Scratch::need(groups * padded_rows * in));
+  const auto lease = packed_scratch.reserve(Scratch::need(groups * padded_rows * in));
   float* packed = packed_scratch.floats(groups * padded_rows * in);
   run_tasks(
       runner, groups * panels, static_cast<double>(groups * padded_rows * in) / 4, [&](int64_t t) {
@@ -192,7 +192,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
     const int64_t o_count = out - o0 < kForwardRows ? out - o0 : kForwardRows;
     const float* logits = p.logits + set * out * in;
     thread_local Scratch scratch;
-    scratch.reserve(
+    const auto lease = scratch.reserve(
         3 * Scratch::need(kForwardRows * tile_step) + Scratch::need(word_count) +
         Scratch::need(spec.samples * kForwardRows * chunk) + 3 * Scratch::need(64));
     float* exps = scratch.floats(kForwardRows * tile_step);
@@ -446,10 +446,11 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   constexpr bool kWiden = !__is_same(T, float);
   const int64_t o_blocks = ceil_div(out, kBackwardRows);
   const int64_t packed_block = kBackwardRows * all_rows;
+  const int64_t packed_size = need_outer ? o_blocks * packed_block : 0;
   thread_local Scratch shared_scratch;
-  shared_scratch.reserve(
-      Scratch::need(o_blocks * packed_block) + (kWiden ? Scratch::need(all_rows * out) : 0));
-  float* packed_dy = shared_scratch.floats(o_blocks * packed_block);
+  const auto lease = shared_scratch.reserve(
+      Scratch::need(packed_size) + (kWiden ? Scratch::need(all_rows * out) : 0));
+  float* packed_dy = shared_scratch.floats(packed_size);
   if (need_outer) {
     run_tasks(runner, o_blocks, copy_cost, [&](int64_t t) {
       const int64_t o0 = t * kBackwardRows;
@@ -487,7 +488,7 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
       const int64_t first_row = first_set * spec.samples * rows;
       thread_local Scratch scratch;
       const int64_t tile_size = kBackwardRows * width;
-      scratch.reserve(
+      const auto lease = scratch.reserve(
           7 * Scratch::need(tile_size) + Scratch::need(words_needed(width)) +
           2 * Scratch::need(rows_each * width));
       BackwardTile tile;

@@ -162,12 +162,4 @@ MODMASK_INLINE vu zip_odd(vq a, vq b) {
 #endif
 }
 
-MODMASK_INLINE float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    total += v[i];
-  }
-  return total;
-}
-
 }  // namespace modmask::MODMASK_CAPABILITY

@@ -156,25 +156,35 @@ inline void widen_row(const T* from, float* to, int64_t n) {
   }
 }
 
-// Scratch of one thread, kept between calls so that small layers do not pay for page faults; what
-// is larger than kKeptBytes is given back.
+// Scratch of one thread, kept between calls so that small layers do not pay for page faults. What
+// is larger than kKeptBytes goes back when the lease on it ends.
 class Scratch {
  public:
+  class Lease {
+   public:
+    explicit Lease(Scratch& scratch) : scratch_(scratch) {}
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    ~Lease() {
+      if (scratch_.capacity_ > kKeptBytes) {
+        scratch_.allocate(0);
+      }
+    }
+
+   private:
+    Scratch& scratch_;
+  };
+
   ~Scratch() {
     std::free(data_);
   }
 
-  void reserve(size_t bytes) {
+  [[nodiscard]] Lease reserve(size_t bytes) {
     used_ = 0;
-    if (bytes > capacity_ || capacity_ > kKeptBytes) {
-      std::free(data_);
-      capacity_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<char*>(std::aligned_alloc(4096, capacity_));
-      if (data_ == nullptr) {
-        capacity_ = 0;
-        throw std::bad_alloc();
-      }
+    if (bytes > capacity_) {
+      allocate((bytes + 4095) / 4096 * 4096);
     }
+    return Lease(*this);
   }
 
   // 64-byte aligned; `reserve` must have asked for the sum of `need(count)`.
@@ -194,6 +204,20 @@ class Scratch {
 
  private:
   static constexpr size_t kKeptBytes = size_t{4} << 20;
+
+  void allocate(size_t bytes) {
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
+    if (bytes > 0) {
+      data_ = static_cast<char*>(std::aligned_alloc(4096, bytes));
+      if (data_ == nullptr) {
+        throw std::bad_alloc();
+      }
+      capacity_ = bytes;
+    }
+  }
+
   char* data_ = nullptr;
   size_t capacity_ = 0;
   size_t used_ = 0;

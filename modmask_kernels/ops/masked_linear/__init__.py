@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -372,32 +373,17 @@ def masked_linear(
     elif not 0 <= bias_tensor_id < 2**32:
         raise ValueError(f"bias_tensor_id must be in [0, 2**32), not {bias_tensor_id}")
 
-    if not _uses_kernel(x):
-        return reference.masked_linear(
-            x,
-            weight,
-            logits,
-            bias,
-            bias_logits,
-            seed=seed,
-            tensor_id=tensor_id,
-            bias_tensor_id=bias_tensor_id,
-            sample_offset=sample_offset,
-            element_offset=element_offset,
-            samples=samples,
-            tau=tau,
-            hard=hard,
-            batch_dim=batch_dim,
-        )
     moved = batch_dim % x.dim() != 0
     if moved:
         x = x.movedim(batch_dim, 0)
-    call = (
-        torch.ops.modmask.masked_linear.default
-        if _library.traced() or not torch.is_grad_enabled()
-        else _MaskedLinear.apply
-    )
-    y: Tensor = call(
+    call: Callable[..., Tensor]
+    if not _uses_kernel(x):
+        call = _forward_reference
+    elif _library.traced() or not torch.is_grad_enabled():
+        call = torch.ops.modmask.masked_linear.default
+    else:
+        call = _MaskedLinear.apply
+    y = call(
         x,
         weight,
         logits,

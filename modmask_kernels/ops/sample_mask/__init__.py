@@ -200,18 +200,8 @@ def sample_mask(
         return mask + (soft - soft.detach()) if hard else soft
     """
     _check_arguments(logits, seed, samples, tau, tensor_id, sample_offset, element_offset)
-    if not _fused(logits):
-        return reference.sample_mask(
-            logits,
-            seed=seed,
-            samples=samples,
-            tau=tau,
-            hard=hard,
-            tensor_id=tensor_id,
-            sample_offset=sample_offset,
-            element_offset=element_offset,
-        )
-    values: Tensor = torch.ops.modmask.sample_mask(
+    call = torch.ops.modmask.sample_mask if _fused(logits) else _values_reference
+    values: Tensor = call(
         logits, seed, samples, tau, hard, tensor_id, sample_offset, element_offset
     )
     return values
@@ -251,9 +241,8 @@ def sample_mask_packed(
     """
     _check_arguments(logits, seed, samples, 1.0, tensor_id, sample_offset, element_offset)
     draw = (logits.detach(), seed, samples, tensor_id, sample_offset, element_offset)
-    packed: Tensor = (
-        torch.ops.modmask.sample_mask_packed(*draw) if _fused(logits) else _packed_reference(*draw)
-    )
+    call = torch.ops.modmask.sample_mask_packed if _fused(logits) else _packed_reference
+    packed: Tensor = call(*draw)
     return packed
 
 
