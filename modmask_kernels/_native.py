@@ -66,3 +66,8 @@ def _forced_by_environment() -> str | None:
 
 FORCED_BACKEND: str | None = _forced_by_environment()
 """The backend that MODMASK_BACKEND asked for when the package was imported, or None."""
+
+
+def enabled() -> bool:
+    """Whether the compiled kernels are loaded and not ruled out by MODMASK_BACKEND."""
+    return available() and FORCED_BACKEND != "reference"

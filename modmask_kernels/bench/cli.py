@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import _native, report
-from ..report.files import read_json, write_json, write_text
+from ..files import read_json, write_json, write_text
 from . import linear, machine, memory, step, tables
 from .figure import figure_of
 from .verify import GateError

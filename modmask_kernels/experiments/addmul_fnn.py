@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import analysis
+from ..files import atomic, read_json, write_json
 from ..masks import LearnResult, MaskSet, learn_masks, mask_model
 from ..models import FeedForward
-from ..report.files import atomic, read_json, write_json
 from ..tasks import OPERATIONS, AddMul, digit_loss
 from .run import Experiment, Run, SeedFolder
 from .settings import Settings, option

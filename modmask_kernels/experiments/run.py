@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from ..analysis import summarise
-from ..report.files import read_json, write_json
+from ..files import read_json, write_json
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -140,14 +140,13 @@ def environment() -> dict[str, Any]:
     """Versions and machine, as far as they can change bits or speed."""
     from .. import __version__, _native
 
-    fused = _native.available() and _native.FORCED_BACKEND != "reference"
     return {
         "modmask_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "kernels": f"cpu, {_native.capability()}" if fused else "reference",
+        "kernels": f"cpu, {_native.capability()}" if _native.enabled() else "reference",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }

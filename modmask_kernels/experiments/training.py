@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..report.files import atomic
+from ..files import atomic
+from ..masks.seeds import hash64
+from ..progress import progress_bar
 
 Batch = tuple[Tensor, Tensor]
 
 
 def derive_seed(seed: int, *names: str) -> int:
     """A seed in [0, 2**63) for one purpose within a run; different names give unrelated seeds."""
-    text = "/".join(("modmask", str(seed), *names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return hash64("/".join(("modmask", str(seed), *names))) >> 1
 
 
 def train(
@@ -76,16 +74,7 @@ def train(
         first, rows = state["step"], state["rows"]
 
     model.train()
-    bar = tqdm(
-        total=steps,
-        initial=first,
-        desc=description,
-        unit="step",
-        disable=not progress,
-        # in a log file every refresh is a line
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-    )
-    with bar:
+    with progress_bar(steps, first, description, shown=progress) as bar:
         for step in range(first, steps):
             batch = data(step, generator)
             value = loss(model(batch[0]), batch)

@@ -1,7 +1,7 @@
 """Mask sets: conversion of models, algebra and files of masks, learning."""
 
 from .convert import mask_model, masked_layers, set_mode, unmask_model, use_set
-from .files import weight_hash
+from .fingerprint import weight_hash
 from .learn import LearnResult, learn_masks
 from .mask_set import MaskSet
 

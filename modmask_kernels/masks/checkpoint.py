@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import write_whole
+from ..files import atomic
 
 FORMAT = "modmask-learn-checkpoint"
 FORMAT_VERSION = 1
@@ -40,7 +40,8 @@ def check_storable(value: Any, where: str) -> None:
 def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Replace the checkpoint at `path` by `state`: write, fsync, rename."""
     whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
-    write_whole(path, lambda file: torch.save(whole, file))
+    with atomic(Path(path)) as temporary:
+        torch.save(whole, temporary)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

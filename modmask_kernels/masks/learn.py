@@ -6,7 +6,6 @@ import contextlib
 import operator
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from ..progress import progress_bar
 from .checkpoint import load_checkpoint, save_checkpoint
 from .convert import find_record, masked_layers
 from .learner import Data, Learner, Loss, Settings
@@ -304,15 +303,7 @@ def learn_masks(
         saved = done
         label = description or f"masks {', '.join(s.name for s in learner.streams)}"
         with (
-            tqdm(
-                total=steps,
-                initial=done,
-                desc=label,
-                unit="step",
-                disable=not progress,
-                # a log file gets a line now and then, a terminal a moving bar
-                mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            ) as bar,
+            progress_bar(steps, done, label, shown=progress) as bar,
             _deferred_interrupt() as interrupted,
         ):
             for step in range(done, steps):

@@ -14,7 +14,7 @@ from ..nn import MaskedLinear
 from .batches import batch_size, call_model, cut, inputs_of, join
 from .checkpoint import check_storable
 from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
-from .files import weight_hash
+from .fingerprint import weight_hash
 from .seeds import step_seed, stream_key
 
 Data = Callable[[int, torch.Generator], Any]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..files import atomic
 from .convert import (
     find_masked_layers,
     find_record,
@@ -24,7 +25,7 @@ from .convert import (
     unmask_model,
     unwrapped,
 )
-from .files import weight_hash, write_whole
+from .fingerprint import weight_hash
 
 FORMAT = "modmask-mask-set"
 FORMAT_VERSION = 1
@@ -247,8 +248,8 @@ class MaskSet(Mapping[str, Tensor]):
             "masks": json.dumps([[name, list(shape)] for name, shape in self._shapes.items()]),
             "provenance": json.dumps(provenance, sort_keys=True),
         }
-        data = safetensors.torch.save(tensors, metadata)
-        write_whole(path, lambda file: file.write(data))
+        with atomic(Path(path)) as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:

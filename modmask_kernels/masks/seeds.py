@@ -12,10 +12,14 @@ _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
+def hash64(text: str) -> int:
+    """The first 64 bits of SHA-256, as an unsigned integer."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
 def stream_key(seed: int, name: str, purpose: str) -> int:
-    """The first 64 bits of SHA-256("purpose NUL seed NUL name"), as an unsigned integer."""
-    digest = hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
+    """The key of a set's stream: `hash64` of "purpose NUL seed NUL name"."""
+    return hash64(f"{purpose}\0{seed}\0{name}")
 
 
 def step_seed(key: int, step: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from .files import write_text
+from ..files import write_text
 from .page import Page
 from .style import THEMES, render_svg
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .files import write_json, write_text
+from ..files import write_json, write_text
 from .page import Figure, Page, Table
 from .results import Results
 from .style import THEMES, render_svg

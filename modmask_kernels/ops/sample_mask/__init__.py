@@ -152,8 +152,7 @@ def _fused(logits: Tensor) -> bool:
     return (
         logits.device.type in ("cpu", "meta")
         and logits.dtype == torch.float32
-        and _native.available()
-        and _native.FORCED_BACKEND != "reference"
+        and _native.enabled()
     )
 
 

@@ -1,41 +1,14 @@
-"""Files that are whole or absent, and the fingerprint of frozen weights."""
+"""The fingerprint of frozen weights."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from .convert import find_masked_layers, unwrapped
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Replace the file at `path` by what `write` writes: entirely, durably, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one name per target, so that what a killed process leaves is overwritten by the next
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself must survive a power cut too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _bytes_of(tensor: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:

@@ -17,6 +17,7 @@ def atomic(path: Path) -> Iterator[Path]:
     A run that is killed while writing leaves the old file, or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # one name per target, so that what a killed process leaves is overwritten by the next
     temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         yield temporary
@@ -25,6 +26,12 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself must survive a power cut too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
