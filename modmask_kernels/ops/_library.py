@@ -17,6 +17,13 @@ from .. import _native
 NAMESPACE = "modmask"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
+# asked here: torch 2.11 cannot trace the question
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia")
+    if torch.amp.is_autocast_available(device)
+)
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -48,7 +55,7 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast applies to an operand like `x`."""
     device = x.device.type
     return (
-        torch.amp.is_autocast_available(device)
+        device in _AUTOCAST_DEVICES
         and torch.is_autocast_enabled(device)
         and x.dtype != torch.float64
     )
