@@ -12,10 +12,16 @@ namespace modmask::MODMASK_CAPABILITY {
 constexpr int64_t kForwardRows = 24;  // of the weight tile
 constexpr int64_t kForwardDepth = 256;
 constexpr int64_t kBackwardRows = 48;
-constexpr int64_t kBackwardColumns = 256;
+constexpr int64_t kBackwardColumns = 128;
 // Products longer than this are summed in parts, which keeps the rounding error of plain products.
 constexpr int64_t kSumDepth = 128;
 constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
+
+// At least n floats in an odd number of cache lines: rows at this distance spread over all sets of
+// the first-level cache.
+constexpr int64_t spread(int64_t n) {
+  return (n + 15) / 16 * 16 | 16;
+}
 
 // Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
 // `step` apart and padded with zeros (exp: with anything) to kTileColumns.
@@ -105,19 +111,9 @@ class TileAhead {
 // Panels of 2 * kLanes batch rows (the last of kLanes where that is enough), each [in][width].
 template <typename T>
 void pack_panel(const T* x, int64_t rows, int64_t in, int64_t width, float* panel) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t i0 = 0; i0 < in; i0 += kBlock) {
-    const int64_t i1 = i0 + kBlock < in ? i0 + kBlock : in;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = i0; i < i1; ++i) {
-        panel[i * width + r] = widen(x[r * in + i]);
-      }
-    }
-    for (int64_t r = rows; r < width; ++r) {
-      for (int64_t i = i0; i < i1; ++i) {
-        panel[i * width + r] = 0.0f;
-      }
-    }
+  transpose(x, in, rows, in, panel, width);
+  for (int64_t i = 0; i < in; ++i) {
+    std::fill(panel + i * width + rows, panel + (i + 1) * width, 0.0f);
   }
 }
 
@@ -180,7 +176,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   int64_t chunk = kOutputTile / (kForwardRows * spec.samples) / kTileColumns * kTileColumns;
   chunk = chunk > kTileColumns ? chunk : kTileColumns;
   chunk = chunk < padded_rows ? chunk : padded_rows;
-  const int64_t tile_step = in < kForwardDepth ? padded(in) : kForwardDepth;
+  const int64_t tile_step = spread(padded(in < kForwardDepth ? in : kForwardDepth));
   // of a row of the weight, or of the bias
   const int64_t word_count = words_needed(tile_step > kForwardRows ? tile_step : kForwardRows);
   const int64_t blocks = ceil_div(out, kForwardRows);
@@ -278,38 +274,29 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
 
 // ---- backward ----
 
-// dy as float32 in blocks of kTileRows outputs, [block][row][kTileRows]: read along a column, the
-// strided rows of dy itself would collide in the first-level cache.
-template <typename T>
-void pack_dy(const T* dy, int64_t out, int64_t o_count, int64_t rows, float* packed) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t o = 0; o < o_count; o += kTileRows) {
-      float* to = packed + o * rows + r * kTileRows;
-      const T* from = dy + r * out + o;
-      const int64_t valid = o_count - o < kTileRows ? o_count - o : kTileRows;
-      if (valid == kTileRows) {
-        for (int m = 0; m < kTileRows; ++m) {
-          to[m] = widen(from[m]);
-        }
-      } else {
-        for (int64_t m = 0; m < kTileRows; ++m) {
-          to[m] = m < valid ? widen(from[m]) : 0.0f;
-        }
-      }
+// Blocks of whole strips of inputs, one per task: at most kBackwardColumns wide, equal to within
+// one strip, and so many that `threads` threads share them evenly. How the columns are cut changes
+// no sum.
+struct ColumnBlocks {
+  int64_t strips;
+  int64_t count;
+
+  ColumnBlocks(int64_t in, int64_t other_tasks, int64_t threads)
+      : strips(ceil_div(in, kTileColumns)), count(ceil_div(in, kBackwardColumns)) {
+    // narrower than two strips, a task has more to fetch than to do
+    while (count * other_tasks % threads != 0 && 2 * (count + 1) <= strips) {
+      ++count;
     }
   }
-}
 
-// Columns per task: equal blocks of at most kBackwardColumns, so many that `threads` threads share
-// them evenly. How the columns are cut changes no sum.
-inline int64_t column_width(int64_t in, int64_t other_tasks, int64_t threads) {
-  int64_t blocks = ceil_div(in, kBackwardColumns);
-  while (blocks * other_tasks % threads != 0 && blocks * other_tasks < 8 * threads) {
-    ++blocks;
+  int64_t first(int64_t block) const {
+    return block * strips / count * kTileColumns;
   }
-  const int64_t width = padded(ceil_div(in, blocks));
-  return width > 2 * kTileColumns ? width : padded(in < 2 * kTileColumns ? in : 2 * kTileColumns);
-}
+
+  int64_t width() const {
+    return ceil_div(strips, count) * kTileColumns;
+  }
+};
 
 // The tile of one task: outputs by inputs, rows `step` apart.
 struct BackwardTile {
@@ -319,9 +306,9 @@ struct BackwardTile {
   float* wide;     // W
   float* exps;     // exp(-logit)
   float* masked;   // W * M
-  float* slopes;   // W * slope
+  float* slopes;   // of the surrogate
   float* values;   // M, where dweight is wanted
-  float* dlogits;  // summed over samples
+  float* dlogits;  // D * slope, summed over samples
   float* dweight;  // summed over groups
 };
 
@@ -345,7 +332,7 @@ void mask_tile(
       for_mask_vectors<kHard, true>(noise, t.i_count, spec.tau, [&](int64_t i, auto& m) {
         const vf w = load(wide + i);
         store(masked + i, m.apply(m, w));
-        store(slopes + i, m.soft.slope * w);
+        store(slopes + i, m.soft.slope);
         if constexpr (decltype(keep_values)::value) {
           store(values + i, m.values(m));
         }
@@ -370,8 +357,8 @@ template <bool kLogits, bool kWeight>
 void add_outer(
     const BackwardTile& t,
     int64_t i,
-    const float* packed_dy,
-    int64_t packed_rows,
+    const float* dy,
+    int64_t dy_step,
     const float* x_strip,
     int64_t rows,
     bool first,
@@ -381,15 +368,15 @@ void add_outer(
     with_rows(t.o_count - o, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
-      multiply<kRows, 2>(packed_dy + o * packed_rows, 1, kTileRows, x_strip, kTileColumns, rows, c);
+      multiply<kRows, 2>(dy + o * dy_step, dy_step, 1, x_strip, kTileColumns, rows, c);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           const int64_t at = (o + m) * t.step + i + v * kLanes;
           if constexpr (kLogits) {
-            const vf g = c[m][v] * load(t.slopes + at);
-            store(t.dlogits + at, first ? g : g + load(t.dlogits + at));
+            const vf before = first ? vf{} : load(t.dlogits + at);
+            store(t.dlogits + at, fma(c[m][v], load(t.slopes + at), before));
           }
           if constexpr (kWeight) {
             store(t.dweight + at, fma(c[m][v], load(t.values + at), load(t.dweight + at)));
@@ -405,7 +392,7 @@ inline void add_dx(
     const BackwardTile& t,
     int64_t i,
     const float* dy,
-    int64_t out,
+    int64_t dy_step,
     int64_t rows,
     float* dx_strip,
     bool first,
@@ -414,7 +401,7 @@ inline void add_dx(
     TileAhead::some(ahead);
     constexpr int kRows = decltype(tile_rows)::value;
     vf c[kRows][2];
-    multiply<kRows, 2>(dy + r * out, out, 1, t.masked + i, t.step, t.o_count, c);
+    multiply<kRows, 2>(dy + r, 1, dy_step, t.masked + i, t.step, t.o_count, c);
     float* to = dx_strip + r * kTileColumns;
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -427,6 +414,25 @@ inline void add_dx(
   });
 }
 
+inline double sum(const float* p, int64_t n) {
+  constexpr int kParts = 8;
+  double part[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts) {
+    for (int j = 0; j < kParts; ++j) {
+      part[j] += p[i + j];
+    }
+  }
+  for (int j = 0; i < n; ++i, ++j) {
+    part[j] += p[i];
+  }
+  double total = 0.0;
+  for (int j = 0; j < kParts; ++j) {
+    total += part[j];
+  }
+  return total;
+}
+
 template <typename T, bool kHard>
 void linear_backward(const LinearProblem& p, const LinearGradients& d, const Runner& runner) {
   const MaskSpec& spec = p.mask;
@@ -435,65 +441,51 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   const int64_t all_rows = groups * rows;
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
-  const T* dy_given = static_cast<const T*>(d.dy);
   T* dx = static_cast<T*>(d.dx);
   T* dweight = static_cast<T*>(d.dweight);
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
   // long sums over the batch are cut into equal parts of at most kSumDepth rows
   const int64_t depth = ceil_div(rows, ceil_div(rows, kSumDepth));
-  const double copy_cost = static_cast<double>(all_rows * out);
 
-  constexpr bool kWiden = !__is_same(T, float);
+  // dy as float32 and transposed, [out][dy_step]: its rows are too far apart to be read as they are
   const int64_t o_blocks = ceil_div(out, kBackwardRows);
-  const int64_t packed_block = kBackwardRows * all_rows;
-  const int64_t packed_size = need_outer ? o_blocks * packed_block : 0;
+  const int64_t dy_step = spread(all_rows);
   thread_local Scratch shared_scratch;
-  const auto lease = shared_scratch.reserve(
-      Scratch::need(packed_size) + (kWiden ? Scratch::need(all_rows * out) : 0));
-  float* packed_dy = shared_scratch.floats(packed_size);
-  if (need_outer) {
-    run_tasks(runner, o_blocks, copy_cost, [&](int64_t t) {
-      const int64_t o0 = t * kBackwardRows;
-      const int64_t o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
-      pack_dy(dy_given + o0, out, o_count, all_rows, packed_dy + t * packed_block);
-    });
-  }
-  const float* dy;
-  if constexpr (kWiden) {
-    float* wide = shared_scratch.floats(all_rows * out);
-    run_tasks(runner, groups, copy_cost, [&](int64_t g) {
-      widen_row(dy_given + g * rows * out, wide + g * rows * out, rows * out);
-    });
-    dy = wide;
-  } else {
-    dy = dy_given;
-  }
+  const auto lease = shared_scratch.reserve(Scratch::need(out * dy_step));
+  float* dy = shared_scratch.floats(out * dy_step);
+  run_tasks(runner, o_blocks, static_cast<double>(all_rows * out) / 2, [&](int64_t t) {
+    const int64_t o0 = t * kBackwardRows;
+    const int64_t o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
+    transpose(static_cast<const T*>(d.dy) + o0, out, all_rows, o_count, dy + o0 * dy_step, dy_step);
+  });
 
   if (dx != nullptr || need_outer) {
     // a task owns a block of inputs; without dx, whose sums run over all outputs, also of outputs
     const int64_t o_tasks = dx != nullptr ? 1 : o_blocks;
     // all sets share one weight, so its gradient is summed within a task
     const int64_t set_tasks = dweight != nullptr ? 1 : spec.sets;
-    const int64_t width = column_width(in, set_tasks * o_tasks, runner.threads);
-    const int64_t i_blocks = ceil_div(in, width);
+    const ColumnBlocks columns(in, set_tasks * o_tasks, runner.threads);
+    const int64_t width = columns.width();
+    const int64_t step = spread(width);
     const int64_t sets_each = spec.sets / set_tasks;
     const int64_t rows_each = sets_each * spec.samples * rows;
     const double cost =
         static_cast<double>(out * in) * static_cast<double>(groups * (2 * rows + 12)) / kLanes;
 
-    run_tasks(runner, set_tasks * i_blocks * o_tasks, cost, [&](int64_t task) {
+    run_tasks(runner, set_tasks * columns.count * o_tasks, cost, [&](int64_t task) {
       const int64_t o_task = task % o_tasks;
-      const int64_t i0 = task / o_tasks % i_blocks * width;
-      const int64_t first_set = task / o_tasks / i_blocks * sets_each;
+      const int64_t i_block = task / o_tasks % columns.count;
+      const int64_t i0 = columns.first(i_block), i1 = columns.first(i_block + 1);
+      const int64_t first_set = task / o_tasks / columns.count * sets_each;
       const int64_t first_row = first_set * spec.samples * rows;
       thread_local Scratch scratch;
-      const int64_t tile_size = kBackwardRows * width;
+      const int64_t tile_size = kBackwardRows * step;
       const auto lease = scratch.reserve(
           7 * Scratch::need(tile_size) + Scratch::need(words_needed(width)) +
           2 * Scratch::need(rows_each * width));
       BackwardTile tile;
-      tile.i_count = in - i0 < width ? in - i0 : width;
-      tile.step = width;
+      tile.i_count = (in < i1 ? in : i1) - i0;
+      tile.step = step;
       tile.wide = scratch.floats(tile_size);
       tile.exps = scratch.floats(tile_size);
       tile.masked = scratch.floats(tile_size);
@@ -523,12 +515,12 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
         const int64_t o0 = block * kBackwardRows;
         tile.o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
         if (dweight != nullptr) {
-          std::fill(tile.dweight, tile.dweight + tile.o_count * width, 0.0f);
+          std::fill(tile.dweight, tile.dweight + tile.o_count * step, 0.0f);
         }
         for (int64_t set = first_set; set < first_set + sets_each; ++set) {
           const float* logits = p.logits + set * out * in;
           load_tile(
-              weight, logits, in, o0, tile.o_count, i0, tile.i_count, width, tile.wide, tile.exps);
+              weight, logits, in, o0, tile.o_count, i0, tile.i_count, step, tile.wide, tile.exps);
           const int64_t next_o = block + 1 < last_block ? o0 + kBackwardRows : out;
           const int64_t next_rows = out - next_o < kBackwardRows ? out - next_o : kBackwardRows;
           const int64_t next = next_o * in + i0, here = (set * out + o0) * in + i0;
@@ -548,34 +540,38 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
             for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
               for (int64_t r = 0; need_outer && r < rows; r += depth) {
                 const int64_t count = rows - r < depth ? rows - r : depth;
-                const float* dy_rows = packed_dy + block * packed_block + (row + r) * kTileRows;
+                const float* dy_rows = dy + o0 * dy_step + row + r;
                 const float* x_rows = x_strips + strip_at(i, row + r - first_row);
                 const bool first = k == 0 && r == 0;
                 if (d.dlogits != nullptr && dweight != nullptr) {
-                  add_outer<true, true>(tile, i, dy_rows, all_rows, x_rows, count, first, ahead);
+                  add_outer<true, true>(tile, i, dy_rows, dy_step, x_rows, count, first, ahead);
                 } else if (d.dlogits != nullptr) {
-                  add_outer<true, false>(tile, i, dy_rows, all_rows, x_rows, count, first, ahead);
+                  add_outer<true, false>(tile, i, dy_rows, dy_step, x_rows, count, first, ahead);
                 } else {
-                  add_outer<false, true>(tile, i, dy_rows, all_rows, x_rows, count, first, ahead);
+                  add_outer<false, true>(tile, i, dy_rows, dy_step, x_rows, count, first, ahead);
                 }
               }
               if (dx != nullptr) {
                 float* dx_strip = dx_strips + strip_at(i, row - first_row);
-                add_dx(tile, i, dy + row * out + o0, out, rows, dx_strip, block == 0, ahead);
+                add_dx(
+                    tile, i, dy + o0 * dy_step + row, dy_step, rows, dx_strip, block == 0, ahead);
               }
             }
           }
           if (d.dlogits != nullptr) {
             for (int64_t o = 0; o < tile.o_count; ++o) {
-              narrow_row(
-                  tile.dlogits + o * width, d.dlogits + (set * out + o0 + o) * in + i0,
-                  tile.i_count);
+              const float* sums = tile.dlogits + o * step;
+              const float* wide = tile.wide + o * step;
+              float* to = d.dlogits + (set * out + o0 + o) * in + i0;
+              for (int64_t i = 0; i < tile.i_count; i += kLanes) {
+                store_part(to + i, load(sums + i) * load(wide + i), tile.i_count - i);
+              }
             }
           }
         }
         if (dweight != nullptr) {
           for (int64_t o = 0; o < tile.o_count; ++o) {
-            narrow_row(tile.dweight + o * width, dweight + (o0 + o) * in + i0, tile.i_count);
+            narrow_row(tile.dweight + o * step, dweight + (o0 + o) * in + i0, tile.i_count);
           }
         }
       }
@@ -607,12 +603,8 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
       for (int64_t set = 0; set < spec.sets; ++set) {
         std::fill(d_logits, d_logits + kBlock, 0.0);
         for (int64_t k = 0; k < spec.samples; ++k) {
-          std::fill(column, column + kBlock, 0.0);
-          const float* from = dy + (set * spec.samples + k) * rows * out + o0;
-          for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t o = 0; o < count; ++o) {
-              column[o] += from[r * out + o];
-            }
+          for (int64_t o = 0; o < count; ++o) {
+            column[o] = sum(dy + (o0 + o) * dy_step + (set * spec.samples + k) * rows, rows);
           }
           if (p.bias_logits == nullptr) {
             for (int64_t o = 0; o < count; ++o) {

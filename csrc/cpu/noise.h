@@ -42,37 +42,46 @@ struct NoiseStream {
     round3_c2 = (k1[2][0] ^ (p0 & 0xFFFFFFFFu)) - vq{};
   }
 
-  // Words of the kNoiseStep elements from 4 * quad on. Words live in the low halves of 64-bit
-  // lanes; the products ignore what the high halves hold.
-  MODMASK_INLINE void step(const NoiseStream& s, vq quads, vu& first, vu& second) {
+  // Words of kSteps times kNoiseStep elements from 4 * quads[0] on, `advance` quads a step; two
+  // independent steps at once keep the core busier than one. Words live in the low halves of
+  // 64-bit lanes; the products ignore what the high halves hold.
+  template <int kSteps>
+  MODMASK_INLINE void step(const NoiseStream& s, vq quads, vq advance, uint32_t* out) {
     const vq m0 = static_cast<uint64_t>(kPhiloxM0) - vq{};
     const vq m1 = static_cast<uint64_t>(kPhiloxM1) - vq{};
-    vq p0 = mul_low32(quads, m0);
-    vq c2 = (p0 >> 32) ^ (quads >> 32) ^ s.round1_c2;
-    vq c3 = p0;
-    vq p1 = mul_low32(c2, m1);
-    vq c0 = (p1 >> 32) ^ s.round2_c0;
-    vq c1 = p1;
-    c2 = c3 ^ s.round2_c2;
-    p0 = mul_low32(c0, m0);
-    p1 = mul_low32(c2, m1);
-    c0 = (p1 >> 32) ^ c1 ^ s.k0[2];
-    c1 = p1;
-    c2 = (p0 >> 32) ^ s.round3_c2;
-    c3 = p0;
-#pragma GCC unroll 4
-    for (int r = 3; r < kPhiloxRounds; ++r) {
-      p0 = mul_low32(c0, m0);
-      p1 = mul_low32(c2, m1);
-      c0 = (p1 >> 32) ^ c1 ^ s.k0[r];
-      c1 = p1;
-      c2 = (p0 >> 32) ^ c3 ^ s.k1[r];
-      c3 = p0;
+    vq c0[kSteps], c1[kSteps], c2[kSteps], c3[kSteps];
+#pragma GCC unroll 2
+    for (int i = 0; i < kSteps; ++i, quads += advance) {
+      const vq p0 = mul_low32(quads, m0);
+      c2[i] = (p0 >> 32) ^ (quads >> 32) ^ s.round1_c2;
+      c3[i] = p0;
     }
-    const vq a = join_low32(c0, c1);
-    const vq b = join_low32(c2, c3);
-    first = zip_even(a, b);
-    second = zip_odd(a, b);
+#pragma GCC unroll 2
+    for (int i = 0; i < kSteps; ++i) {
+      const vq p1 = mul_low32(c2[i], m1);
+      c0[i] = (p1 >> 32) ^ s.round2_c0;
+      c1[i] = p1;
+      c2[i] = c3[i] ^ s.round2_c2;
+    }
+#pragma GCC unroll 8
+    for (int r = 2; r < kPhiloxRounds; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kSteps; ++i) {
+        const vq p0 = mul_low32(c0[i], m0);
+        const vq p1 = mul_low32(c2[i], m1);
+        c0[i] = (p1 >> 32) ^ (c1[i] ^ s.k0[r]);
+        c2[i] = (p0 >> 32) ^ (r == 2 ? s.round3_c2 : c3[i] ^ s.k1[r]);
+        c1[i] = p1;
+        c3[i] = p0;
+      }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kSteps; ++i) {
+      const vq a = join_low32(c0[i], c1[i]);
+      const vq b = join_low32(c2[i], c3[i]);
+      store(out + i * kNoiseStep, zip_even(a, b));
+      store(out + i * kNoiseStep + kLanes, zip_odd(a, b));
+    }
   }
 
   // Writes the words of elements element&~3 .. and returns where `element` itself lies in `out`,
@@ -84,12 +93,13 @@ struct NoiseStream {
       quads[j] = (element >> 2) + static_cast<uint64_t>(j / 2 + (j & 1) * (kLanes / 4));
     }
     const vq advance = static_cast<uint64_t>(kLanes / 2) - vq{};
-    for (int64_t i = 0; i < n + skip; i += kNoiseStep) {
-      vu first, second;
-      step(*this, quads, first, second);
-      store(out + i, first);
-      store(out + i + kLanes, second);
-      quads += advance;
+    int64_t i = 0;
+    for (; i + kNoiseStep < n + skip; i += 2 * kNoiseStep) {
+      step<2>(*this, quads, advance, out + i);
+      quads += advance + advance;
+    }
+    if (i < n + skip) {
+      step<1>(*this, quads, advance, out + i);
     }
     return out + skip;
   }

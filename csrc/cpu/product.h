@@ -22,6 +22,7 @@ MODMASK_INLINE void multiply(
       c[m][v] = vf{};
     }
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     vf row[kVectors];
 #pragma GCC unroll 2

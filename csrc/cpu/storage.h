@@ -156,6 +156,67 @@ inline void widen_row(const T* from, float* to, int64_t n) {
   }
 }
 
+// to[c * to_step + r] = from[r * from_step + c] as float32, for r < rows and c < columns.
+template <typename T>
+void transpose(
+    const T* from, int64_t from_step, int64_t rows, int64_t columns, float* to, int64_t to_step) {
+  using vf4 = float __attribute__((vector_size(16)));
+  constexpr int64_t kBlock = 64;
+  const int64_t whole_rows = rows / 4 * 4;
+  for (int64_t c0 = 0; c0 < columns; c0 += kBlock) {
+    const int64_t count = columns - c0 < kBlock ? columns - c0 : kBlock;
+    for (int64_t r = 0; r < whole_rows; r += 4) {
+      const T* block = from + r * from_step + c0;
+      float* out = to + c0 * to_step + r;
+      float wide[4 * kBlock];
+      const float* read;
+      int64_t step;
+      if constexpr (__is_same(T, float)) {
+        read = block;
+        step = from_step;
+      } else {
+        for (int64_t i = 0; i < 4; ++i) {
+          widen_row(block + i * from_step, wide + i * kBlock, count);
+        }
+        read = wide;
+        step = kBlock;
+      }
+      int64_t c = 0;
+      for (; c + 4 <= count; c += 4) {
+        vf4 row[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          __builtin_memcpy(&row[i], read + i * step + c, sizeof row[i]);
+        }
+        const vf4 a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+        const vf4 b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+        const vf4 d = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+        const vf4 e = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+        const vf4 column[4] = {
+            __builtin_shufflevector(a, b, 0, 1, 4, 5),
+            __builtin_shufflevector(a, b, 2, 3, 6, 7),
+            __builtin_shufflevector(d, e, 0, 1, 4, 5),
+            __builtin_shufflevector(d, e, 2, 3, 6, 7),
+        };
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          __builtin_memcpy(out + (c + i) * to_step, &column[i], sizeof column[i]);
+        }
+      }
+      for (; c < count; ++c) {
+        for (int64_t i = 0; i < 4; ++i) {
+          out[c * to_step + i] = read[i * step + c];
+        }
+      }
+    }
+    for (int64_t r = whole_rows; r < rows; ++r) {
+      for (int64_t c = c0; c < c0 + count; ++c) {
+        to[c * to_step + r] = widen(from[r * from_step + c]);
+      }
+    }
+  }
+}
+
 // Scratch of one thread, kept between calls so that small layers do not pay for page faults. What
 // is larger than kKeptBytes goes back when the lease on it ends.
 class Scratch {
