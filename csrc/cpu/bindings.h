@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "kernels.h"
 
@@ -33,13 +34,33 @@ inline void check_float32(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
+// Contiguous and uninitialised, with the dtype of `like`. Straight from the allocator: an operation
+// looked up by name costs several microseconds.
+inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  int32_t dtype, device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle created;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device,
+      like.get_device_index(), &created));
+  return Tensor(created);
+}
+
 // Keeps a contiguous copy alive for as long as its pointer is used.
 class Contiguous {
  public:
-  explicit Contiguous(const Tensor& t) : tensor_(torch::stable::contiguous(t)) {}
+  explicit Contiguous(const Tensor& t)
+      : tensor_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {}
   explicit Contiguous(const std::optional<Tensor>& t) {
     if (t.has_value()) {
-      tensor_ = torch::stable::contiguous(*t);
+      tensor_ = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
     }
   }
 

@@ -116,7 +116,7 @@ Tensor masked_linear(
     shape.push_back(x.size(d));
   }
   shape.push_back(a.problem.out);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_like(x, shape);
   if (y.numel() > 0) {
     active_kernels().linear_forward(a.problem, y.mutable_data_ptr(), torch_runner());
   }
@@ -150,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
   check_same_type(dy, x, "dy");
   const Contiguous dy_data(dy);
   const auto gradient = [](const Tensor& like, bool needed) {
-    return needed ? torch::stable::new_empty(like, like.sizes())
-                  : torch::stable::new_empty(like, {0});
+    static constexpr int64_t kNone[] = {0};
+    return empty_like(like, needed ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone));
   };
   Tensor dx = gradient(x, need_x);
   Tensor dweight = gradient(weight, need_weight);

@@ -44,7 +44,7 @@ Tensor sample_mask(
   for (int64_t d = 0; d < logits.dim(); ++d) {
     shape.push_back(logits.size(d));
   }
-  Tensor values = torch::stable::new_empty(logits, shape);
+  Tensor values = empty_like(logits, shape);
   if (values.numel() > 0) {
     active_kernels().sample_values(
         spec, data.floats(), logits.numel() / spec.sets,
@@ -90,7 +90,7 @@ Tensor sample_mask_backward(
   check_float32(dvalues, "dvalues");
   const MaskSpec spec = sample_spec(
       logits, seed, seed_data, samples, tensor_id, sample_offset, element_offset, tau, true);
-  Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  Tensor dlogits = empty_like(logits, logits.sizes());
   if (samples == 0) {
     torch::stable::zero_(dlogits);
   } else if (dlogits.numel() > 0) {

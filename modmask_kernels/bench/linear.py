@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import ops
 from . import baselines
-from .timing import Timing, ratio, summary, time_functions
+from .timing import Timing, keep_freed_memory, ratio, summary, time_functions
 from .verify import (
     GateError,
     Problem,
@@ -296,6 +296,7 @@ def run_case(
 
 def run(*, quick: bool = False, progress: bool = True) -> list[dict[str, object]]:
     """All rows of the table; see `run_case`."""
+    keep_freed_memory()
     rows = []
     bar = tqdm(cases(quick), desc="masked_linear", unit="shape", disable=not progress)
     for case in bar:

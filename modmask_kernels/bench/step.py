@@ -21,7 +21,7 @@ from ..masks import learn_masks, mask_model
 from ..tasks import AddMul, digit_loss
 from .baselines import naive_masked_model
 from .linear import verdict
-from .timing import Visitor, interleaved, ratio, summary
+from .timing import Visitor, interleaved, keep_freed_memory, ratio, summary
 from .verify import GateError
 
 Batch = tuple[Tensor, Tensor]
@@ -204,6 +204,7 @@ def run_case(case: StepCase, *, rounds: int, visit_seconds: float = 0.2) -> dict
 
 def run(*, quick: bool = False, progress: bool = True) -> list[dict[str, object]]:
     """All networks; see `run_case`."""
+    keep_freed_memory()
     rows = []
     bar = tqdm(cases(quick), desc="mask-learning step", unit="network", disable=not progress)
     for case in bar:

@@ -119,7 +119,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:5]
     x, weight, logits, bias, bias_logits, seed = ctx.saved_tensors
-    grads = torch.ops.modmask.masked_linear_backward(
+    grads = torch.ops.modmask.masked_linear_backward.default(
         dy, x, weight, logits, bias, bias_logits, seed, *ctx.draw, *needs
     )
     return (
@@ -253,6 +253,13 @@ def _check_arguments(
             _check.check_device(t, name, x, "x")
 
 
+def _below_autograd(*inputs: Any) -> Tensor:
+    # the registered gradient looks at every call, even of one that needs none
+    with torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = torch.ops.modmask.masked_linear.default(*inputs)
+    return y
+
+
 class _MaskedLinear(torch.autograd.Function):
     """The registered gradient without the generic machinery, dearer than a small layer."""
 
@@ -260,9 +267,7 @@ class _MaskedLinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs[:6])
         ctx.draw = inputs[6:]
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = torch.ops.modmask.masked_linear.default(*inputs)
-        return y
+        return _below_autograd(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -374,10 +379,10 @@ def masked_linear(
     call: Callable[..., Tensor]
     if not _uses_kernel(x):
         call = _forward_reference
-    elif _library.traced() or not torch.is_grad_enabled():
+    elif _library.traced():
         call = torch.ops.modmask.masked_linear.default
     else:
-        call = _MaskedLinear.apply
+        call = _MaskedLinear.apply if torch.is_grad_enabled() else _below_autograd
     y = call(
         x,
         weight,
