@@ -151,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
   const Contiguous dy_data(dy);
   const auto gradient = [](const Tensor& like, bool needed) {
     static constexpr int64_t kNone[] = {0};
-    return empty_like(like, needed ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone));
+    return empty_like(
+        like, needed ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone));
   };
   Tensor dx = gradient(x, need_x);
   Tensor dweight = gradient(weight, need_weight);

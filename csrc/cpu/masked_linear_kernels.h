@@ -13,6 +13,7 @@ constexpr int64_t kForwardRows = 24;  // of the weight tile
 constexpr int64_t kForwardDepth = 256;
 constexpr int64_t kBackwardRows = 48;
 constexpr int64_t kBackwardColumns = 128;
+constexpr int64_t kFewRows = 16;
 // Products longer than this are summed in parts, which keeps the rounding error of plain products.
 constexpr int64_t kSumDepth = 128;
 constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
@@ -22,6 +23,29 @@ constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
 constexpr int64_t spread(int64_t n) {
   return (n + 15) / 16 * 16 | 16;
 }
+
+// `units` cut into blocks, equal to within one unit, of at most `most`; so many of them that
+// `threads` threads share blocks * others evenly, unless they would get smaller than `least`. How a
+// matrix is cut changes no sum.
+struct Blocks {
+  int64_t units;
+  int64_t count;
+
+  Blocks(int64_t units, int64_t most, int64_t least, int64_t others, int64_t threads)
+      : units(units), count(ceil_div(units, most)) {
+    while (count * others % threads != 0 && (count + 1) * least <= units) {
+      ++count;
+    }
+  }
+
+  int64_t first(int64_t block) const {
+    return block * units / count;
+  }
+
+  int64_t largest() const {
+    return ceil_div(units, count);
+  }
+};
 
 // Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
 // `step` apart and padded with zeros (exp: with anything) to kTileColumns.
@@ -179,13 +203,13 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   const int64_t tile_step = spread(padded(in < kForwardDepth ? in : kForwardDepth));
   // of a row of the weight, or of the bias
   const int64_t word_count = words_needed(tile_step > kForwardRows ? tile_step : kForwardRows);
-  const int64_t blocks = ceil_div(out, kForwardRows);
+  const Blocks blocks(out, kForwardRows, 2 * kTileRows, spec.sets, runner.threads);
   const double cost =
       static_cast<double>(out * in) * static_cast<double>(groups * (padded_rows + 8)) / kLanes;
 
-  run_tasks(runner, spec.sets * blocks, cost, [&](int64_t t) {
-    const int64_t set = t / blocks, o0 = t % blocks * kForwardRows;
-    const int64_t o_count = out - o0 < kForwardRows ? out - o0 : kForwardRows;
+  run_tasks(runner, spec.sets * blocks.count, cost, [&](int64_t t) {
+    const int64_t set = t / blocks.count, block = t % blocks.count;
+    const int64_t o0 = blocks.first(block), o_count = blocks.first(block + 1) - o0;
     const float* logits = p.logits + set * out * in;
     thread_local Scratch scratch;
     const auto lease = scratch.reserve(
@@ -207,7 +231,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         // the next block of inputs, or the first one of the task that probably comes next
         const bool last = i0 + kForwardDepth >= in;
         const int64_t next_i = last ? 0 : i0 + kForwardDepth;
-        const int64_t next_o = last ? o0 + runner.threads * kForwardRows : o0;
+        const int64_t next_o = last ? o0 + runner.threads * blocks.largest() : o0;
         const int64_t next_rows = out - next_o < kForwardRows ? out - next_o : kForwardRows;
         const int64_t next_columns = in - next_i < kForwardDepth ? in - next_i : kForwardDepth;
         const int64_t next = next_o * in + next_i;
@@ -274,30 +298,6 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
 
 // ---- backward ----
 
-// Blocks of whole strips of inputs, one per task: at most kBackwardColumns wide, equal to within
-// one strip, and so many that `threads` threads share them evenly. How the columns are cut changes
-// no sum.
-struct ColumnBlocks {
-  int64_t strips;
-  int64_t count;
-
-  ColumnBlocks(int64_t in, int64_t other_tasks, int64_t threads)
-      : strips(ceil_div(in, kTileColumns)), count(ceil_div(in, kBackwardColumns)) {
-    // narrower than two strips, a task has more to fetch than to do
-    while (count * other_tasks % threads != 0 && 2 * (count + 1) <= strips) {
-      ++count;
-    }
-  }
-
-  int64_t first(int64_t block) const {
-    return block * strips / count * kTileColumns;
-  }
-
-  int64_t width() const {
-    return ceil_div(strips, count) * kTileColumns;
-  }
-};
-
 // The tile of one task: outputs by inputs, rows `step` apart.
 struct BackwardTile {
   int64_t o_count;
@@ -363,27 +363,38 @@ void add_outer(
     int64_t rows,
     bool first,
     TileAhead& ahead) {
-  for (int64_t o = 0; o < t.o_count; o += kTileRows) {
+  // stores may change anything that the compiler does not keep in registers
+  const int64_t step = t.step, o_count = t.o_count;
+  const float* slopes = t.slopes + i;
+  const float* values = t.values + i;
+  float* dlogits = t.dlogits + i;
+  float* dweight = t.dweight + i;
+  for (int64_t o = 0; o < o_count; o += kTileRows) {
     TileAhead::some(ahead);
-    with_rows(t.o_count - o, [&](auto tile_rows) {
+    with_rows(o_count - o, [&](auto tile_rows) {
       constexpr int kRows = decltype(tile_rows)::value;
       vf c[kRows][2];
-      multiply<kRows, 2>(dy + o * dy_step, dy_step, 1, x_strip, kTileColumns, rows, c);
+      multiply<kRows, 2>(dy, dy_step, 1, x_strip, kTileColumns, rows, c);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-          const int64_t at = (o + m) * t.step + i + v * kLanes;
+          const int64_t at = m * step + v * kLanes;
           if constexpr (kLogits) {
-            const vf before = first ? vf{} : load(t.dlogits + at);
-            store(t.dlogits + at, fma(c[m][v], load(t.slopes + at), before));
+            const vf before = first ? vf{} : load(dlogits + at);
+            store(dlogits + at, fma(c[m][v], load(slopes + at), before));
           }
           if constexpr (kWeight) {
-            store(t.dweight + at, fma(c[m][v], load(t.values + at), load(t.dweight + at)));
+            store(dweight + at, fma(c[m][v], load(values + at), load(dweight + at)));
           }
         }
       }
     });
+    dy += kTileRows * dy_step;
+    slopes += kTileRows * step;
+    values += kTileRows * step;
+    dlogits += kTileRows * step;
+    dweight += kTileRows * step;
   }
 }
 
@@ -397,11 +408,13 @@ inline void add_dx(
     float* dx_strip,
     bool first,
     TileAhead& ahead) {
+  const int64_t step = t.step, o_count = t.o_count;
+  const float* masked = t.masked + i;
   for_even_tiles(rows, [&](int64_t r, auto tile_rows) {
     TileAhead::some(ahead);
     constexpr int kRows = decltype(tile_rows)::value;
     vf c[kRows][2];
-    multiply<kRows, 2>(dy + r, 1, dy_step, t.masked + i, t.step, t.o_count, c);
+    multiply<kRows, 2>(dy + r, 1, dy_step, masked, step, o_count, c);
     float* to = dx_strip + r * kTileColumns;
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -464,18 +477,23 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
     const int64_t o_tasks = dx != nullptr ? 1 : o_blocks;
     // all sets share one weight, so its gradient is summed within a task
     const int64_t set_tasks = dweight != nullptr ? 1 : spec.sets;
-    const ColumnBlocks columns(in, set_tasks * o_tasks, runner.threads);
-    const int64_t width = columns.width();
-    const int64_t step = spread(width);
     const int64_t sets_each = spec.sets / set_tasks;
     const int64_t rows_each = sets_each * spec.samples * rows;
+    // longer rows are fetched faster; shorter ones leave the caches to more rows of x and dx
+    const int64_t widest = rows_each > kFewRows ? kBackwardColumns : 2 * kBackwardColumns;
+    // narrower than two strips, a task has more to fetch than to do
+    const Blocks columns(
+        ceil_div(in, kTileColumns), widest / kTileColumns, 2, set_tasks * o_tasks, runner.threads);
+    const int64_t width = columns.largest() * kTileColumns;
+    const int64_t step = spread(width);
     const double cost =
         static_cast<double>(out * in) * static_cast<double>(groups * (2 * rows + 12)) / kLanes;
 
     run_tasks(runner, set_tasks * columns.count * o_tasks, cost, [&](int64_t task) {
       const int64_t o_task = task % o_tasks;
       const int64_t i_block = task / o_tasks % columns.count;
-      const int64_t i0 = columns.first(i_block), i1 = columns.first(i_block + 1);
+      const int64_t i0 = columns.first(i_block) * kTileColumns;
+      const int64_t i1 = columns.first(i_block + 1) * kTileColumns;
       const int64_t first_set = task / o_tasks / columns.count * sets_each;
       const int64_t first_row = first_set * spec.samples * rows;
       thread_local Scratch scratch;
