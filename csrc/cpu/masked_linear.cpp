@@ -56,9 +56,10 @@ struct Arguments {
     STD_TORCH_CHECK(weight_.dim() == 2, "weight must be [out, in]");
     const int64_t out = weight_.size(0), in = weight_.size(1);
     STD_TORCH_CHECK(
-        logits_.dim() == 3 && logits_.size(1) == out && logits_.size(2) == in,
-        "logits must be [sets, out, in]");
-    const int64_t sets = logits_.size(0);
+        (logits_.dim() == 2 || logits_.dim() == 3) && logits_.size(-2) == out &&
+            logits_.size(-1) == in,
+        "logits must be [out, in] or [sets, out, in]");
+    const int64_t sets = logits_.dim() == 3 ? logits_.size(0) : 1;
     STD_TORCH_CHECK(x_.dim() >= 1 && x_.size(-1) == in, "x must be [..., in]");
     if (bias_.has_value()) {
       check_same_type(*bias_, x_, "bias");
@@ -67,9 +68,9 @@ struct Arguments {
     if (bias_logits_.has_value()) {
       check_float32(*bias_logits_, "bias_logits");
       STD_TORCH_CHECK(
-          bias_.has_value() && bias_logits_->dim() == 2 && bias_logits_->size(0) == sets &&
-              bias_logits_->size(1) == out,
-          "bias_logits must be [sets, out] and come with a bias");
+          bias_.has_value() && bias_logits_->dim() >= 1 && bias_logits_->dim() <= 2 &&
+              bias_logits_->size(-1) == out && bias_logits_->numel() == sets * out,
+          "bias_logits must be [out] or [sets, out] and come with a bias");
     }
     problem.mask =
         mask_spec(seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);

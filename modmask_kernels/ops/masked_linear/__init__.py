@@ -86,6 +86,9 @@ _library.define(
     _backward_reference,
 )
 
+_OPERATION = torch.ops.modmask.masked_linear.default
+_BACKWARD = torch.ops.modmask.masked_linear_backward.default
+
 
 @_library.fake("masked_linear")
 def _forward_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -119,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:5]
     x, weight, logits, bias, bias_logits, seed = ctx.saved_tensors
-    grads = torch.ops.modmask.masked_linear_backward.default(
+    grads = _BACKWARD(
         dy, x, weight, logits, bias, bias_logits, seed, *ctx.draw, *needs
     )
     return (
@@ -148,12 +151,14 @@ def _fits(
     """Whether all plainly fits a batch in the first dimension; False asks for a close look."""
     rows, columns = weight.shape if weight.dim() == 2 else (-1, -1)
     device, dtype = x.device, x.dtype
-    sets = logits.shape[0] if logits.dim() else 0
+    lead = logits.shape[:-2]  # () or (sets,)
+    sets = lead.numel()
     return (
         x.dim() > 1
         and x.shape[-1] == columns
-        and logits.shape == (sets, rows, columns)
+        and len(lead) < 2
         and sets > 0
+        and logits.shape == (*lead, rows, columns)
         and logits.dtype is torch.float32
         and logits.device == device
         and weight.dtype is dtype
@@ -167,7 +172,7 @@ def _fits(
             bias_logits is None
             or (
                 bias is not None
-                and bias_logits.shape == (sets, rows)
+                and bias_logits.shape == (*lead, rows)
                 and bias_logits.dtype is torch.float32
                 and bias_logits.device == device
             )
@@ -195,6 +200,10 @@ def _check_arguments(
     samples: int,
     batch_dim: int,
 ) -> None:
+    if logits.dim() == 2:
+        logits = logits.unsqueeze(0)
+    if bias_logits is not None and bias_logits.dim() == 1:
+        bias_logits = bias_logits.unsqueeze(0)
     _check.check_seed(seed, logits.shape[0] if logits.dim() == 3 else None, x, "x")
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [out, in], not {_check.shape_of(weight)}")
@@ -256,7 +265,7 @@ def _check_arguments(
 def _below_autograd(*inputs: Any) -> Tensor:
     # the registered gradient looks at every call, even of one that needs none
     with torch._C._AutoDispatchBelowAutograd():
-        y: Tensor = torch.ops.modmask.masked_linear.default(*inputs)
+        y: Tensor = _OPERATION(*inputs)
     return y
 
 
@@ -357,10 +366,6 @@ def masked_linear(
              for s in range(sets) for k in range(samples)]
         return torch.cat(y, dim=batch_dim)
     """
-    if logits.dim() == 2:
-        logits = logits.unsqueeze(0)
-    if bias_logits is not None and bias_logits.dim() == 1:
-        bias_logits = bias_logits.unsqueeze(0)
     if _library.autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -380,7 +385,7 @@ def masked_linear(
     if not _uses_kernel(x):
         call = _forward_reference
     elif _library.traced():
-        call = torch.ops.modmask.masked_linear.default
+        call = _OPERATION
     else:
         call = _MaskedLinear.apply if torch.is_grad_enabled() else _below_autograd
     y = call(
