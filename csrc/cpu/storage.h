@@ -217,6 +217,19 @@ void transpose(
   }
 }
 
+// AddressSanitizer sees an overrun from one part of a scratch into the next.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(const volatile void*, size_t);
+extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t);
+#define MODMASK_RED_ZONE 64
+#define MODMASK_POISON(p, bytes) __asan_poison_memory_region((p), (bytes))
+#define MODMASK_UNPOISON(p, bytes) __asan_unpoison_memory_region((p), (bytes))
+#else
+#define MODMASK_RED_ZONE 0
+#define MODMASK_POISON(p, bytes)
+#define MODMASK_UNPOISON(p, bytes)
+#endif
+
 // Scratch of one thread, kept between calls so that small layers do not pay for page faults. What
 // is larger than kKeptBytes goes back when the lease on it ends.
 class Scratch {
@@ -245,6 +258,7 @@ class Scratch {
     if (bytes > capacity_) {
       allocate((bytes + 4095) / 4096 * 4096);
     }
+    MODMASK_POISON(data_, capacity_);
     return Lease(*this);
   }
 
@@ -252,6 +266,7 @@ class Scratch {
   float* floats(int64_t count) {
     float* p = reinterpret_cast<float*>(data_ + used_);
     used_ += need(count);
+    MODMASK_UNPOISON(p, static_cast<size_t>(count) * sizeof *p);
     return p;
   }
 
@@ -260,11 +275,12 @@ class Scratch {
   }
 
   static size_t need(int64_t count) {
-    return (static_cast<size_t>(count) * 4 + 63) / 64 * 64;
+    return (static_cast<size_t>(count) * 4 + kRedZone + 63) / 64 * 64;
   }
 
  private:
   static constexpr size_t kKeptBytes = size_t{4} << 20;
+  static constexpr size_t kRedZone = MODMASK_RED_ZONE;
 
   void allocate(size_t bytes) {
     std::free(data_);

@@ -122,9 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:5]
     x, weight, logits, bias, bias_logits, seed = ctx.saved_tensors
-    grads = _BACKWARD(
-        dy, x, weight, logits, bias, bias_logits, seed, *ctx.draw, *needs
-    )
+    grads = _BACKWARD(dy, x, weight, logits, bias, bias_logits, seed, *ctx.draw, *needs)
     return (
         *(g if need else None for g, need in zip(grads, needs, strict=True)),
         *(None,) * 8,
