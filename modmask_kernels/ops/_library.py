@@ -61,30 +61,13 @@ def autocasts(x: Tensor) -> bool:
     )
 
 
-def refuse_double_backward(name: str) -> None:
-    """Make differentiating through the backward operation `name` a clear error."""
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{NAMESPACE}::{name} cannot be differentiated: masked operations have no second "
-            "derivative. Use backend 'reference' (MODMASK_BACKEND=reference) where one is needed."
-        )
-
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
-
-
-def loop_over_batch(name: str) -> None:
-    """Batching rule of `torch.vmap`: one call per batch element, results stacked."""
+def batched(name: str, call: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Register the batching rule of `torch.vmap`: one call per element, results stacked."""
+    one = call or getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
         results = [
-            op(
+            one(
                 *(
                     arg if dim is None else arg.select(dim, i)
                     for arg, dim in zip(args, in_dims, strict=True)
@@ -97,3 +80,55 @@ def loop_over_batch(name: str) -> None:
         return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
 
     torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)
+    return rule
+
+
+def differentiable(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register the gradient and the batching rule of an operation.
+
+    Returns:
+        the operation, also for `torch.func.grad` and its like, which the gradient registered with
+        the dispatcher does not serve.
+    """
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return transformed.apply(*args)
+
+    def forward(*args: Any) -> Any:
+        return op(*args)
+
+    parts = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": batched(name, call),
+    }
+    transformed: Any = type(
+        f"{name}_under_transforms",
+        (torch.autograd.Function,),
+        {key: staticmethod(part) for key, part in parts.items()},
+    )
+    return call
+
+
+def differentiable_once(name: str) -> Callable[..., Any]:
+    """`differentiable` for a backward operation: its own gradient is a clear error."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} cannot be differentiated: masked operations have no second "
+            "derivative. Use backend 'reference' (MODMASK_BACKEND=reference) where one is needed."
+        )
+
+    return differentiable(name, setup_context, backward)

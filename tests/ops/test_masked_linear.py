@@ -636,6 +636,32 @@ def test_vmap(capability):
 
 
 @needs_kernels
+def test_functional_transforms():
+    case = Case(sets=1, samples=1, rows=1)
+    tensors, draw = case.tensors(), case.draw()
+    xs = gradient_of(torch.empty(4, 1, tensors["x"].shape[-1]))
+
+    def loss(logits, x):
+        y = ops.masked_linear(**{**tensors, "logits": logits, "x": x}, **draw)
+        return y.square().sum()
+
+    expected = []
+    for x in xs:
+        leaf = tensors["logits"].clone().requires_grad_()
+        loss(leaf, x).backward()
+        expected.append(leaf.grad)
+    assert torch.equal(torch.func.grad(loss)(tensors["logits"], xs[0]), expected[0])
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(tensors["logits"], xs)
+    assert torch.equal(each, torch.stack(expected))
+
+    def slope(logits):
+        return torch.func.grad(loss)(logits, xs[0]).sum()
+
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(slope)(tensors["logits"])
+
+
+@needs_kernels
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_without_breaks_or_recompiles(backend):
     counter = CompileCounterWithBackend(backend)

@@ -314,6 +314,14 @@ def test_vmap(capability):
     torch.stack([one(a, b) for a, b in zip(leaves[1], seeds, strict=True)]).sum().backward()
     assert torch.equal(leaves[0].grad, leaves[1].grad)
 
+    def total(row, seed):
+        return one(row, seed).square().sum()
+
+    transformed = torch.vmap(torch.func.grad(total))(logits, seeds)
+    leaf = logits[2].clone().requires_grad_()
+    total(leaf, seeds[2]).backward()
+    assert torch.equal(transformed[2], leaf.grad)
+
 
 def test_compile_dynamic():
     counter = CompileCounterWithBackend("aot_eager")

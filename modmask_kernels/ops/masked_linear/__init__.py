@@ -86,9 +86,6 @@ _library.define(
     _backward_reference,
 )
 
-_OPERATION = torch.ops.modmask.masked_linear.default
-_BACKWARD = torch.ops.modmask.masked_linear_backward.default
-
 
 @_library.fake("masked_linear")
 def _forward_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -122,19 +119,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:5]
     x, weight, logits, bias, bias_logits, seed = ctx.saved_tensors
-    grads = _BACKWARD(dy, x, weight, logits, bias, bias_logits, seed, *ctx.draw, *needs)
+    grads = _differentiate(dy, x, weight, logits, bias, bias_logits, seed, *ctx.draw, *needs)
     return (
         *(g if need else None for g, need in zip(grads, needs, strict=True)),
         *(None,) * 8,
     )
 
 
-torch.library.register_autograd(
-    "modmask::masked_linear", _backward, setup_context=_setup_context, lib=_library.LIBRARY
-)
-_library.refuse_double_backward("masked_linear_backward")
-_library.loop_over_batch("masked_linear")
-_library.loop_over_batch("masked_linear_backward")
+_operation = torch.ops.modmask.masked_linear.default
+_apply = _library.differentiable("masked_linear", _setup_context, _backward)
+_differentiate = _library.differentiable_once("masked_linear_backward")
 
 
 def _fits(
@@ -263,7 +257,7 @@ def _check_arguments(
 def _below_autograd(*inputs: Any) -> Tensor:
     # the registered gradient looks at every call, even of one that needs none
     with torch._C._AutoDispatchBelowAutograd():
-        y: Tensor = _OPERATION(*inputs)
+        y: Tensor = _operation(*inputs)
     return y
 
 
@@ -383,7 +377,7 @@ def masked_linear(
     if not _uses_kernel(x):
         call = _forward_reference
     elif _library.traced():
-        call = _OPERATION
+        call = _apply
     else:
         call = _MaskedLinear.apply if torch.is_grad_enabled() else _below_autograd
     y = call(

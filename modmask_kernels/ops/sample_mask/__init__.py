@@ -112,16 +112,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-    dlogits = torch.ops.modmask.sample_mask_backward(dvalues, *ctx.saved_tensors, *ctx.draw)
+    dlogits = _differentiate(dvalues, *ctx.saved_tensors, *ctx.draw)
     return (dlogits, *(None,) * 7)
 
 
-torch.library.register_autograd(
-    "modmask::sample_mask", _backward, setup_context=_setup_context, lib=_library.LIBRARY
-)
-_library.refuse_double_backward("sample_mask_backward")
-for _name in ("sample_mask", "sample_mask_packed", "sample_mask_backward"):
-    _library.loop_over_batch(_name)
+_sample = _library.differentiable("sample_mask", _setup_context, _backward)
+_differentiate = _library.differentiable_once("sample_mask_backward")
+_library.batched("sample_mask_packed")
 
 
 def _check_arguments(
@@ -199,7 +196,7 @@ def sample_mask(
         return mask + (soft - soft.detach()) if hard else soft
     """
     _check_arguments(logits, seed, samples, tau, tensor_id, sample_offset, element_offset)
-    call = torch.ops.modmask.sample_mask if _fused(logits) else _values_reference
+    call = _sample if _fused(logits) else _values_reference
     values: Tensor = call(
         logits, seed, samples, tau, hard, tensor_id, sample_offset, element_offset
     )
