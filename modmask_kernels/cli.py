@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import __version__
+
 if TYPE_CHECKING:
     from .experiments import Run
 
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "machine, test and report them.",
         epilog="Start with: modmask run addmul-fnn --preset quick --out runs/demo",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     commands.add_parser("list", help="the experiments and their presets")
@@ -95,13 +98,17 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     from .experiments import EXPERIMENTS
 
-    names = run.add_subparsers(dest="experiment", metavar="EXPERIMENT")
+    names = run.add_subparsers(dest="experiment", metavar="EXPERIMENT", prog="modmask run")
     for experiment in EXPERIMENTS.values():
         parser = names.add_parser(
             experiment.name,
             help=experiment.summary,
             description=f"{experiment.title}: {experiment.summary}",
             epilog=_PRESETS + ".",
+            # a mistyped setting must not start a run with another one
+            allow_abbrev=False,
+            usage=f"modmask run {experiment.name} [--preset PRESET] [--seeds N] [--out DIR] "
+            "[SETTINGS]",
         )
         parser.add_argument(
             "--preset",
@@ -269,7 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import bench
 
         return bench.main(words[1:])
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        command = " ".join(["modmask", *words[:1]])
+        if words[:1] == ["run"] and "--resume" in unknown:
+            hint = "--resume takes no experiment: modmask run --resume RUN"
+        else:
+            hint = f"`{command} --help` lists what there is"
+        text = f"{command}: error: unrecognized arguments: {' '.join(unknown)}; {hint}"
+        parser.exit(2, f"usage: {command} --help\n{text}\n")
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "list": lambda _: _list(),
         "run": _run,

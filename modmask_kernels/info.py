@@ -27,6 +27,7 @@ def lines() -> list[tuple[str, str]]:
     pairs.append(("Triton kernels", "not part of this version"))
     pairs.append(("reference", "always there, plain PyTorch on any device"))
     pairs.append(("MODMASK_BACKEND", _native.FORCED_BACKEND or "not set"))
+    pairs.append(("MODMASK_CPU_CAPABILITY", _native.WANTED_CAPABILITY or "not set"))
     return pairs
 
 

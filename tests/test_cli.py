@@ -171,7 +171,15 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, words, message
 
 @pytest.mark.parametrize(
     "words",
-    [["fly"], ["run", "addmul"], ["run", "addmul-fnn", "--seeds", "0"], ["test", "x", "y"], []],
+    [
+        ["fly"],
+        ["run", "addmul"],
+        ["run", "addmul-fnn", "--seeds", "0"],
+        ["run", "addmul-fnn", "--step", "5"],  # no abbreviations
+        ["run", "addmul-fnn", "--resume", "x"],
+        ["test", "x", "y"],
+        [],
+    ],
 )
 def test_wrong_words_are_usage_errors(capsys, words):
     with pytest.raises(SystemExit) as stop:

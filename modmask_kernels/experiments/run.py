@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
+if sys.platform != "win32":
+    import fcntl
+
 from ..analysis import summarise
 from ..files import read_json, write_json
 from .settings import Settings
@@ -152,6 +155,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def check_device(settings: Settings) -> None:
+    """ValueError unless the device of the settings, if they name one, computes here."""
+    name = getattr(settings, "device", "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"setting device: {name!r} cannot be used here: {reason}") from None
+
+
 class Run:
     """A results folder.
 
@@ -194,6 +207,7 @@ class Run:
                 else "name"
             )
             raise FileExistsError(f"{path} exists and is not empty: {hint} another folder by --out")
+        check_device(settings)
         record = {
             "format": FORMAT,
             "experiment": experiment.name,
@@ -247,18 +261,38 @@ class Run:
         bits in weights, masks and metrics (same machine and versions; the number of threads is
         restored).
         """
+        check_device(self.settings)
         threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            for seed in self.seeds:
-                folder = self.folder(seed, progress)
-                if folder.metrics.exists():
-                    continue
-                folder.begin()
-                write_json(folder.metrics, self.experiment.run_seed(self.settings, seed, folder))
-        finally:
-            torch.set_num_threads(threads)
+        with self._alone():
+            torch.set_num_threads(self.threads)
+            try:
+                self._execute_seeds(progress)
+            finally:
+                torch.set_num_threads(threads)
         self.write_metrics()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep a second process out of the folder; the system lifts it from a killed one."""
+        if sys.platform == "win32":
+            yield
+            return
+        with open(self.path / "settings.json", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.path} is being run by another process") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def _execute_seeds(self, progress: bool) -> None:
+        for seed in self.seeds:
+            folder = self.folder(seed, progress)
+            if folder.metrics.exists():
+                continue
+            folder.begin()
+            write_json(folder.metrics, self.experiment.run_seed(self.settings, seed, folder))
 
     def write_metrics(self) -> None:
         """Collect the seeds' results into metrics.json.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import os
 import signal
@@ -119,6 +120,10 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, former)
 
 
+def _is_index(key: object, sets: int) -> bool:
+    return isinstance(key, int) and 0 <= key < sets
+
+
 def _choose(
     model: nn.Module, data: Mapping[str, Data] | Data, sets: Sequence[str | int] | None
 ) -> dict[str, Data]:
@@ -131,6 +136,12 @@ def _choose(
                 f"data: expected a mapping from set name to callable, got {type(data).__name__}"
             )
         return {first.set_names[first.set_index(chosen[0])]: data}
+    unknown = [key for key in data if key not in first.set_names and not _is_index(key, first.sets)]
+    if unknown:
+        raise ValueError(
+            f"data: expected the sets {list(first.set_names)} (or their indices) as keys, "
+            f"got {unknown}"
+        )
     named = {first.set_names[first.set_index(key)]: source for key, source in data.items()}
     if sets is not None:
         if isinstance(sets, str):
@@ -149,6 +160,14 @@ def _choose(
             raise TypeError(
                 f"data[{name!r}]: expected a callable(step, generator), got {type(source).__name__}"
             )
+        try:
+            inspect.signature(source).bind(0, None)
+        except TypeError as error:
+            raise TypeError(
+                f"data[{name!r}]: expected a callable(step, generator), but {error}"
+            ) from None
+        except ValueError:  # a built-in without a signature
+            pass
     return named
 
 

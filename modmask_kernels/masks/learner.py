@@ -441,7 +441,13 @@ class Learner:
 
 def _checked_loss(stream: Stream, output: Any, batch: Any) -> Tensor:
     """The task loss of one set, ValueError unless it is a scalar that depends on the masks."""
-    value = stream.task_loss(output, batch)
+    try:
+        value = stream.task_loss(output, batch)
+    except TypeError as error:
+        raise TypeError(
+            f"loss: called as loss(output, batch) for set {stream.name!r}, with the batch as its "
+            f"data returned it ({type(batch).__name__}): {error}"
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"loss: expected a scalar tensor for set {stream.name!r}, got {got}")

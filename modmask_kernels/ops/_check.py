@@ -11,6 +11,13 @@ def shape_of(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def check_tensors(**given: object) -> None:
+    """Every argument is a tensor."""
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
+
+
 def check_seed(seed: Tensor | None, sets: int | None, like: Tensor, like_name: str) -> None:
     """`seed` is an int64 tensor of shape [] or [sets] on the device of `like`."""
     if seed is None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .style import Theme
 
@@ -278,6 +278,9 @@ def curves(
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         if index < len(logarithmic) and logarithmic[index]:
             axes.set_yscale("log")
+            # less than a decade has no power of ten to label
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             axes.minorticks_off()
         else:
             axes.set_ylim(bottom=0)

@@ -440,6 +440,27 @@ def test_a_folder_is_never_overwritten(tmp_path, run):
         start(tmp_path)
 
 
+def test_a_device_that_is_absent_leaves_no_folder(tmp_path):
+    for device in ("gpu", "xpu:7"):
+        with pytest.raises(ValueError, match=f"setting device: '{device}' cannot be used here: "):
+            start(tmp_path / "new", SMOKE.replace(device=device))
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_one_process_per_folder(tmp_path, monkeypatch):
+    first = start(tmp_path / "new")
+
+    def second(settings, seed, folder):
+        with pytest.raises(ValueError, match="new is being run by another process"):
+            Run.open(first.path).execute(progress=False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first.experiment, "run_seed", second)
+    with pytest.raises(KeyboardInterrupt):
+        first.execute(progress=False)
+
+
 def test_bad_folders(tmp_path, run):
     with pytest.raises(FileNotFoundError, match=r"no settings\.json"):
         Run.open(tmp_path)

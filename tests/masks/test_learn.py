@@ -708,8 +708,10 @@ def test_wrong_settings_are_named():
             learn(model, **options)
     with pytest.raises(ValueError, match="sets that have data"):
         learn(model, {"add": DATA["add"]}, sets=["mul"])
-    with pytest.raises(ValueError, match=r"set: expected one of .*'div'"):
-        learn(model, {"div": DATA["add"]})
+    with pytest.raises(ValueError, match=r"data: expected the sets .* as keys, got \['div', 7\]"):
+        learn(model, {"div": DATA["add"], 7: DATA["add"]})
+    with pytest.raises(TypeError, match=r"data\['add'\]: .*\(step, generator\), but too many"):
+        learn(model, {"add": lambda step: None})
     with pytest.raises(ValueError, match="data: expected at least one set"):
         learn(model, {})
     with pytest.raises(TypeError, match="data: expected a mapping"):
@@ -718,6 +720,8 @@ def test_wrong_settings_are_named():
         learn(model, {"add": [1, 2]})
     with pytest.raises(ValueError, match="use mask_model first"):
         learn(mlp())
+    with pytest.raises(TypeError, match=r"loss: called as loss\(output, batch\) .*'add'.*tuple"):
+        learn_masks(model, torch.nn.CrossEntropyLoss(), {"add": DATA["add"]}, 1)
     with pytest.raises(TypeError, match="loss: expected a callable for set 'add'"):
         learn_masks(model, {"control": loss}, {"add": DATA["add"]}, 1)
     model[0].samples = 4

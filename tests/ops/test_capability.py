@@ -82,10 +82,15 @@ def run_each(script, environments):
 @needs_kernels
 def test_capability_by_environment():
     names = _native.capabilities()
-    # an unknown name is the best capability: a shared job script serves unlike machines
-    runs = run_each(REPORT, [{"MODMASK_CPU_CAPABILITY": name} for name in [*names, "sse9"]])
+    # what this CPU lacks is ignored: a shared job script serves unlike machines
+    absent = [name for name in _native.CAPABILITIES if name not in names]
+    wanted = [*names, *absent, "sse9"]
+    *runs, unknown = run_each(REPORT, [{"MODMASK_CPU_CAPABILITY": name} for name in wanted])
+    assert unknown.returncode != 0
+    message = "MODMASK_CPU_CAPABILITY must be one of avx512, avx2, plain, not 'sse9'"
+    assert message in unknown.stderr
     sums = set()
-    for name, run in zip([*names, names[0]], runs, strict=True):
+    for name, run in zip([*names, *[names[0]] * len(absent)], runs, strict=True):
         assert run.returncode == 0, run.stderr
         first, second = run.stdout.splitlines()
         assert first.startswith(f"{name} None ")
@@ -139,6 +144,7 @@ def test_without_the_compiled_kernels():
     assert run.returncode == 0, run.stderr
     numbers, why, refusal = run.stdout.splitlines()
     assert "not built" in why
+    assert "computes with its slow reference" in run.stderr
     assert "the compiled kernels are absent" in refusal
     logits = torch.linspace(-3, 3, 40).view(5, 8)
     masks = mask_reference.sample_mask(logits, seed=torch.tensor(4), samples=2)

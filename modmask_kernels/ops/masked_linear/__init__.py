@@ -358,6 +358,7 @@ def masked_linear(
              for s in range(sets) for k in range(samples)]
         return torch.cat(y, dim=batch_dim)
     """
+    _check.check_tensors(x=x, weight=weight, logits=logits)
     if _library.autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
