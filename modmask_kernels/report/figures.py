@@ -278,8 +278,10 @@ def curves(
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         if index < len(logarithmic) and logarithmic[index]:
             axes.set_yscale("log")
-            # less than a decade has no power of ten to label
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            low, high = axes.get_ylim()
+            # a short axis may hold no power of ten to label
+            subs = (1.0,) if high > 30 * low else (1.0, 2.0, 5.0)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             axes.minorticks_off()
         else:

@@ -123,5 +123,5 @@ def render_svg(figure: Figure, theme: Theme) -> str:
         )
     # the reader's own interface font instead of the one that the layout was made with
     text = re.sub(r"'DejaVu Sans'(, [^;\"]*)?sans-serif", _FONTS, buffer.getvalue())
-    # a hundredth of a point is finer than any screen
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # a hundredth of a point is finer than any screen; what stands between tags is for people
+    return re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)

@@ -90,3 +90,13 @@ def test_svg_is_reproducible_and_carries_no_date():
     first, second = (draw(*arguments, xlabel="") for _ in range(2))
     assert first == second
     assert "dc:date" not in first
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [((0.15, 0.6), {"0.2", "0.5"}), ((0.0008, 2.0), {"0.001", "0.01", "0.1", "1"})],
+)
+def test_a_logarithmic_axis_has_readable_ticks(values, ticks):
+    lines = {"a": ("first", [one(value) for value in values], [0, 1])}
+    shown = texts(draw(figures.curves, [("loss", lines)], xlabel="step", logarithmic=[True]))
+    assert {text for text in shown if text.startswith("0.") or text == "1"} >= ticks
