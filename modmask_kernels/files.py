@@ -71,3 +71,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from None
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, so that equal content gives equal bytes.
+
+    The library writes them in an order that changes from call to call.
+    """
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__", {})
+        header = {"__metadata__": dict(sorted(metadata.items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:  # other escapes than the library's: the order is not worth a copy
+            return
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..files import atomic
+from ..files import atomic, sort_metadata
 from .convert import (
     find_masked_layers,
     find_record,
@@ -250,6 +250,7 @@ class MaskSet(Mapping[str, Tensor]):
         }
         with atomic(Path(path)) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata)
+            sort_metadata(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:

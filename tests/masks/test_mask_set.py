@@ -140,7 +140,10 @@ def test_files_round_trip(tmp_path, logits):
     masks = MaskSet.from_model(model, "add", logits=logits)
     path = tmp_path / "new" / "add.safetensors"
     masks.save(path)
-    masks.save(path)  # over the old one
+    first = path.read_bytes()
+    for _ in range(4):
+        masks.save(path)  # over the old one
+        assert path.read_bytes() == first
     assert [p.name for p in path.parent.iterdir()] == ["add.safetensors"]
     loaded = MaskSet.load(str(path))
     assert loaded == masks
