@@ -202,9 +202,9 @@ class _Reader:
         iou, chance = hidden["iou"], hidden["chance_iou"]
         shared = self.whole["shared_percent"]
         text = (
-            "Between hidden units the + and the × mask overlap with an IoU of "
-            f"{format_statistic(iou, 3)}; two independent masks of their sizes would have "
-            f"{format_statistic(chance, 3)}. Over all layers, {format_percent(shared['add'])} of "
+            "Between hidden units the + and the × mask overlap with an IoU (weights in both over "
+            f"weights in either) of {format_statistic(iou, 3)}; two independent masks of their sizes "
+            f"would have {format_statistic(chance, 3)}. Over all layers, {format_percent(shared['add'])} of "
             f"the + mask's weights are in the × mask too and {format_percent(shared['mul'])} of "
             "the × mask's in the + mask."
         )
@@ -229,8 +229,8 @@ class _Reader:
                 every(again[op], low=2 * max(iou["values"])) for op in OPERATIONS
             ):
                 return Finding(
-                    "The operations share weights, more than by chance and far fewer than two "
-                    "masks of one operation.",
+                    "The operations share weights: more than by chance, far fewer than two masks "
+                    "learned for one operation do.",
                     text,
                 )
             most = all(every(shared[op], high=50) for op in OPERATIONS)
@@ -655,6 +655,9 @@ class _Reader:
             "The small setting in an independent implementation (two seeds), and this run",
             ["", "calibration", "here"],
             rows,
+            note="A separate program with the same settings, run with two seeds; the ranges are "
+            "theirs, so that a few seeds here may well lie outside. The inverted masks vary most: "
+            "nothing trains what a network does without the weights that it needs.",
             words=True,
         )
 

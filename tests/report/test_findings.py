@@ -180,7 +180,7 @@ def test_stability_is_told_when_it_was_measured(reader):
     again = {key: stat(0.6, 0.65) for key in ("control", "add", "mul")}
     reader.summary["tests"] = {"stability": {"hidden": again, "all": again}}
     assert "a second time" in reader.sharing().text
-    assert "far fewer than two masks of one operation" in reader.sharing().headline
+    assert "far fewer than two masks learned for one operation" in reader.sharing().headline
     (table,) = reader.stability_tables()
     assert table.rows[0][1] == "0.625 ± 0.035"
     again["mul"] = stat(0.3, 0.65)
