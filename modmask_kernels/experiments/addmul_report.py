@@ -203,10 +203,10 @@ class _Reader:
         shared = self.whole["shared_percent"]
         text = (
             "Between hidden units the + and the × mask overlap with an IoU (weights in both over "
-            f"weights in either) of {format_statistic(iou, 3)}; two independent masks of their sizes "
-            f"would have {format_statistic(chance, 3)}. Over all layers, {format_percent(shared['add'])} of "
-            f"the + mask's weights are in the × mask too and {format_percent(shared['mul'])} of "
-            "the × mask's in the + mask."
+            f"weights in either) of {format_statistic(iou, 3)}; two independent masks of their "
+            f"sizes would have {format_statistic(chance, 3)}. Over all layers, "
+            f"{format_percent(shared['add'])} of the + mask's weights are in the × mask too and "
+            f"{format_percent(shared['mul'])} of the × mask's in the + mask."
         )
         again = self.again()
         if again is not None:
