@@ -23,6 +23,14 @@ from modmask_kernels.nn import MaskedLinear
 SETS = ["control", "add", "mul"]
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as in a terminal: a shell starts its background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def mlp(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(
