@@ -56,11 +56,9 @@ inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
 // Keeps a contiguous copy alive for as long as its pointer is used.
 class Contiguous {
  public:
-  explicit Contiguous(const Tensor& t)
-      : tensor_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {}
-  explicit Contiguous(const std::optional<Tensor>& t) {
-    if (t.has_value()) {
-      tensor_ = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+  explicit Contiguous(const std::optional<Tensor>& t) : tensor_(t) {
+    if (t.has_value() && !t->is_contiguous()) {
+      tensor_ = torch::stable::contiguous(*t);
     }
   }
 

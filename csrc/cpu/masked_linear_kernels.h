@@ -13,7 +13,7 @@ constexpr int64_t kForwardRows = 24;  // of the weight tile
 constexpr int64_t kForwardDepth = 256;
 constexpr int64_t kBackwardRows = 48;
 constexpr int64_t kBackwardColumns = 128;
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 16;  // of x, up to which a tile has twice the columns
 // Products longer than this are summed in parts, which keeps the rounding error of plain products.
 constexpr int64_t kSumDepth = 128;
 constexpr int64_t kOutputTile = 16384;  // floats of y kept per task

@@ -120,10 +120,6 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, former)
 
 
-def _is_index(key: object, sets: int) -> bool:
-    return isinstance(key, int) and 0 <= key < sets
-
-
 def _choose(
     model: nn.Module, data: Mapping[str, Data] | Data, sets: Sequence[str | int] | None
 ) -> dict[str, Data]:
@@ -136,13 +132,10 @@ def _choose(
                 f"data: expected a mapping from set name to callable, got {type(data).__name__}"
             )
         return {first.set_names[first.set_index(chosen[0])]: data}
-    unknown = [key for key in data if key not in first.set_names and not _is_index(key, first.sets)]
-    if unknown:
-        raise ValueError(
-            f"data: expected the sets {list(first.set_names)} (or their indices) as keys, "
-            f"got {unknown}"
-        )
-    named = {first.set_names[first.set_index(key)]: source for key, source in data.items()}
+    try:
+        named = {first.set_names[first.set_index(key)]: source for key, source in data.items()}
+    except ValueError as error:
+        raise ValueError(f"data: {str(error).removeprefix('set: ')}") from None
     if sets is not None:
         if isinstance(sets, str):
             raise ValueError(f"sets: expected a list of sets, got the string {sets!r}")
