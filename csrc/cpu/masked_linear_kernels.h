@@ -17,6 +17,7 @@ constexpr int64_t kFewRows = 16;  // of x, up to which a tile has twice the colu
 // Products longer than this are summed in parts, which keeps the rounding error of plain products.
 constexpr int64_t kSumDepth = 128;
 constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
+constexpr int64_t kStreamed = 1 << 19;  // floats of a gradient from which it goes past the caches
 
 // At least n floats in an odd number of cache lines: rows at this distance spread over all sets of
 // the first-level cache.
@@ -427,6 +428,26 @@ inline void add_dx(
   });
 }
 
+// dlogits = W * (the sums of D * slope).
+inline void write_dlogits(const BackwardTile& t, float* to, int64_t in, bool streamed) {
+  for (int64_t o = 0; o < t.o_count; ++o, to += in) {
+    const float* sums = t.dlogits + o * t.step;
+    const float* wide = t.wide + o * t.step;
+    if (streamed) {
+      for (int64_t i = 0; i < t.i_count; i += kLanes) {
+        stream(to + i, load(sums + i) * load(wide + i));
+      }
+    } else {
+      for (int64_t i = 0; i < t.i_count; i += kLanes) {
+        store_part(to + i, load(sums + i) * load(wide + i), t.i_count - i);
+      }
+    }
+  }
+  if (streamed) {
+    finish_streams();
+  }
+}
+
 inline double sum(const float* p, int64_t n) {
   constexpr int kParts = 8;
   double part[kParts] = {};
@@ -457,6 +478,9 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   T* dx = static_cast<T*>(d.dx);
   T* dweight = static_cast<T*>(d.dweight);
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
+  // whole cache lines only
+  const bool streamed = spec.sets * out * in >= kStreamed && in % 16 == 0 &&
+                        reinterpret_cast<uintptr_t>(d.dlogits) % 64 == 0;
   // long sums over the batch are cut into equal parts of at most kSumDepth rows
   const int64_t depth = ceil_div(rows, ceil_div(rows, kSumDepth));
 
@@ -545,8 +569,9 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
           TileAhead ahead(
               Lines(weight + next, in, next_rows, tile.i_count),
               Lines(logits + next, in, next_rows, tile.i_count),
-              d.dlogits != nullptr ? Lines(d.dlogits + here, in, tile.o_count, tile.i_count)
-                                   : Lines(),
+              d.dlogits != nullptr && !streamed
+                  ? Lines(d.dlogits + here, in, tile.o_count, tile.i_count)
+                  : Lines(),
               spec.samples * ceil_div(tile.i_count, kTileColumns) *
                   (ceil_div(tile.o_count, kTileRows) +
                    (dx != nullptr ? ceil_div(rows, kTileRows) : 0)));
@@ -577,14 +602,7 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
             }
           }
           if (d.dlogits != nullptr) {
-            for (int64_t o = 0; o < tile.o_count; ++o) {
-              const float* sums = tile.dlogits + o * step;
-              const float* wide = tile.wide + o * step;
-              float* to = d.dlogits + (set * out + o0 + o) * in + i0;
-              for (int64_t i = 0; i < tile.i_count; i += kLanes) {
-                store_part(to + i, load(sums + i) * load(wide + i), tile.i_count - i);
-              }
-            }
+            write_dlogits(tile, d.dlogits + here, in, streamed);
           }
         }
         if (dweight != nullptr) {

@@ -35,6 +35,24 @@ MODMASK_INLINE void store(uint32_t* p, vu v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// To an address that sizeof(vf) divides, past the caches: for results larger than they are. Other
+// threads see it after finish_streams.
+MODMASK_INLINE void stream(float* p, vf v) {
+#if defined(MODMASK_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(MODMASK_AVX2)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+MODMASK_INLINE void finish_streams() {
+#if defined(MODMASK_AVX512) || defined(MODMASK_AVX2)
+  _mm_sfence();
+#endif
+}
+
 MODMASK_INLINE vf splat(float x) {
   return x - vf{};
 }

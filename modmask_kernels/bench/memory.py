@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -108,7 +109,12 @@ def measure(implementation: str, case: MemoryCase, samples: int, *, run: bool) -
     command += ["--run"] if run else []
     # `-m` looks in the working directory first, where another copy of the package may lie
     package = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=package)
+    # large blocks come from the system and return to it at once; otherwise it is chance whether one
+    # fits into a hole that the heap happens to have
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=package, env=environment
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return int(json.loads(done.stdout.splitlines()[-1])["high_water_mark"])

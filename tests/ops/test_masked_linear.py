@@ -364,7 +364,10 @@ def test_samples_at_once_in_a_time_major_batch(capability):
         assert torch.equal(alone, together[:, part])
 
 
-@pytest.mark.parametrize("shape", [(6, 40, 30), (1, 300, 25), (33, 513, 49)], ids=str)
+# the last: the gradient of both sets goes past the caches, that of one does not
+@pytest.mark.parametrize(
+    "shape", [(6, 40, 30), (1, 300, 25), (33, 513, 49), (3, 1040, 260)], ids=str
+)
 @pytest.mark.parametrize("hard", [True, False])
 def test_sets_at_once_are_sets_one_by_one(shape, hard, capability):
     rows, inputs, outputs = shape
