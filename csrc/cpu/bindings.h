@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -32,6 +33,23 @@ Runner torch_runner();
 
 inline void check_float32(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+}
+
+inline DType element_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
+  }
+}
+
+inline void check_same_type(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
 // Contiguous and uninitialised, with the dtype of `like`. Straight from the allocator: an operation
@@ -103,5 +121,56 @@ inline MaskSpec mask_spec(
   spec.hard = hard;
   return spec;
 }
+
+// The results of a backward operation; those that nobody needs are empty.
+class GradientTensors {
+ public:
+  GradientTensors(
+      const Tensor& x,
+      const Tensor& weight,
+      const Tensor& logits,
+      const std::optional<Tensor>& bias,
+      const std::optional<Tensor>& bias_logits,
+      bool need_x,
+      bool need_weight,
+      bool need_logits,
+      bool need_bias,
+      bool need_bias_logits)
+      : dx_(like(x, need_x)),
+        dweight_(like(weight, need_weight)),
+        dlogits_(like(logits, need_logits)),
+        dbias_(like(bias.value_or(weight), need_bias)),
+        dbias_logits_(like(bias_logits.value_or(logits), need_bias_logits)) {}
+
+  void zero() {
+    for (Tensor* t : {&dx_, &dweight_, &dlogits_, &dbias_, &dbias_logits_}) {
+      torch::stable::zero_(*t);
+    }
+  }
+
+  Gradients pointers(const void* dy) {
+    const auto pointer = [](Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
+    Gradients d{};
+    d.dy = dy;
+    d.dx = pointer(dx_);
+    d.dweight = pointer(dweight_);
+    d.dlogits = static_cast<float*>(pointer(dlogits_));
+    d.dbias = pointer(dbias_);
+    d.dbias_logits = static_cast<float*>(pointer(dbias_logits_));
+    return d;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensors() const {
+    return {dx_, dweight_, dlogits_, dbias_, dbias_logits_};
+  }
+
+ private:
+  static Tensor like(const Tensor& t, bool needed) {
+    static constexpr int64_t kNone[] = {0};
+    return empty_like(t, needed ? t.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone));
+  }
+
+  Tensor dx_, dweight_, dlogits_, dbias_, dbias_logits_;
+};
 
 }  // namespace modmask

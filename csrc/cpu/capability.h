@@ -2,44 +2,50 @@
 
 namespace modmask::MODMASK_CAPABILITY {
 
-template <typename T>
-void forward_as(const LinearProblem& p, void* y, const Runner& runner) {
-  if (p.mask.hard) {
-    linear_forward<T, true>(p, static_cast<T*>(y), runner);
-  } else {
-    linear_forward<T, false>(p, static_cast<T*>(y), runner);
-  }
-}
-
-template <typename T>
-void backward_as(const LinearProblem& p, const LinearGradients& d, const Runner& runner) {
-  if (p.mask.hard) {
-    linear_backward<T, true>(p, d, runner);
-  } else {
-    linear_backward<T, false>(p, d, runner);
-  }
-}
-
-inline void forward(const LinearProblem& p, void* y, const Runner& runner) {
-  switch (p.dtype) {
+// f(a value of the element type, whether masks are hard), both as compile-time constants.
+template <typename F>
+void with_type(DType dtype, bool hard, const F& f) {
+  const auto with_hard = [&](auto element) {
+    if (hard) {
+      f(element, std::true_type{});
+    } else {
+      f(element, std::false_type{});
+    }
+  };
+  switch (dtype) {
     case DType::kFloat32:
-      return forward_as<float>(p, y, runner);
+      return with_hard(float{});
     case DType::kBFloat16:
-      return forward_as<BFloat16>(p, y, runner);
+      return with_hard(BFloat16{});
     case DType::kFloat16:
-      return forward_as<Float16>(p, y, runner);
+      return with_hard(Float16{});
   }
 }
 
-inline void backward(const LinearProblem& p, const LinearGradients& d, const Runner& runner) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return backward_as<float>(p, d, runner);
-    case DType::kBFloat16:
-      return backward_as<BFloat16>(p, d, runner);
-    case DType::kFloat16:
-      return backward_as<Float16>(p, d, runner);
-  }
+inline void linear_forward_any(const LinearProblem& p, void* y, const Runner& runner) {
+  with_type(p.dtype, p.mask.hard, [&](auto element, auto hard) {
+    using T = decltype(element);
+    linear_forward<T, decltype(hard)::value>(p, static_cast<T*>(y), runner);
+  });
+}
+
+inline void linear_backward_any(const LinearProblem& p, const Gradients& d, const Runner& runner) {
+  with_type(p.dtype, p.mask.hard, [&](auto element, auto hard) {
+    linear_backward<decltype(element), decltype(hard)::value>(p, d, runner);
+  });
+}
+
+inline void conv_forward_any(const ConvProblem& p, void* y, const Runner& runner) {
+  with_type(p.dtype, p.mask.hard, [&](auto element, auto hard) {
+    using T = decltype(element);
+    conv_forward<T, decltype(hard)::value>(p, static_cast<T*>(y), runner);
+  });
+}
+
+inline void conv_backward_any(const ConvProblem& p, const Gradients& d, const Runner& runner) {
+  with_type(p.dtype, p.mask.hard, [&](auto element, auto hard) {
+    conv_backward<decltype(element), decltype(hard)::value>(p, d, runner);
+  });
 }
 
 inline void values(
@@ -49,6 +55,13 @@ inline void values(
   } else {
     sample_values<false>(spec, logits, count, out, runner);
   }
+}
+
+constexpr Kernels table(const char* name) {
+  return {
+      name,   linear_forward_any, linear_backward_any, conv_forward_any, conv_backward_any,
+      values, sample_bits,        sample_backward,
+  };
 }
 
 }  // namespace modmask::MODMASK_CAPABILITY

@@ -41,20 +41,52 @@ struct LinearProblem {
   const float* bias_logits;  // [sets, out] or null
 };
 
-// Outputs that are null are not computed.
-struct LinearGradients {
-  const void* dy;       // [groups * rows, out]
-  void* dx;             // [groups * rows, in]
-  void* dweight;        // [out, in]
-  float* dlogits;       // [sets, out, in]
-  void* dbias;          // [out]
-  float* dbias_logits;  // [sets, out]
+// Of two spatial dimensions; one-dimensional convolutions have a height of 1.
+struct ConvProblem {
+  MaskSpec mask;
+  int64_t bias_tensor_id;
+  DType dtype;
+  int64_t images;  // of each group
+  int64_t conv_groups;
+  int64_t channels;  // of x, in all
+  int64_t outputs;   // channels of y, in all
+  int64_t size[2];
+  int64_t out_size[2];
+  int64_t kernel[2];
+  int64_t stride[2];
+  int64_t padding[2];  // zeros before the first row and column
+  int64_t dilation[2];
+  const void* x;             // [groups * images, channels, size], contiguous
+  const void* weight;        // [outputs, channels / conv_groups, kernel]
+  const float* logits;       // [sets, *weight]
+  const void* bias;          // [outputs] or null
+  const float* bias_logits;  // [sets, outputs] or null
+};
+
+inline int64_t outputs_of(const LinearProblem& p) {
+  return p.out;
+}
+
+inline int64_t outputs_of(const ConvProblem& p) {
+  return p.outputs;
+}
+
+// Outputs that are null are not computed; shapes are those of x, y and the parameters.
+struct Gradients {
+  const void* dy;
+  void* dx;
+  void* dweight;
+  float* dlogits;
+  void* dbias;
+  float* dbias_logits;
 };
 
 struct Kernels {
   const char* capability;
   void (*linear_forward)(const LinearProblem&, void* y, const Runner&);
-  void (*linear_backward)(const LinearProblem&, const LinearGradients&, const Runner&);
+  void (*linear_backward)(const LinearProblem&, const Gradients&, const Runner&);
+  void (*conv_forward)(const ConvProblem&, void* y, const Runner&);
+  void (*conv_backward)(const ConvProblem&, const Gradients&, const Runner&);
   // values: [samples, sets, count]
   void (*sample_values)(const MaskSpec&, const float* logits, int64_t count, float*, const Runner&);
   // bits: [samples, sets, ceil(count / 8)]

@@ -28,14 +28,13 @@
 #include "product.h"
 #include "mask_rows.h"
 #include "masked_linear_kernels.h"
+#include "masked_conv_kernels.h"
 #include "sample_mask_kernels.h"
 #include "capability.h"
 
 namespace modmask {
 
-const Kernels kKernelsAvx2 = {
-    "avx2", avx2::forward, avx2::backward, avx2::values, avx2::sample_bits, avx2::sample_backward,
-};
+const Kernels kKernelsAvx2 = avx2::table("avx2");
 
 }  // namespace modmask
 

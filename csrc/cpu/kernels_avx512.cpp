@@ -31,15 +31,13 @@
 #include "product.h"
 #include "mask_rows.h"
 #include "masked_linear_kernels.h"
+#include "masked_conv_kernels.h"
 #include "sample_mask_kernels.h"
 #include "capability.h"
 
 namespace modmask {
 
-const Kernels kKernelsAvx512 = {
-    "avx512",       avx512::forward,     avx512::backward,
-    avx512::values, avx512::sample_bits, avx512::sample_backward,
-};
+const Kernels kKernelsAvx512 = avx512::table("avx512");
 
 }  // namespace modmask
 

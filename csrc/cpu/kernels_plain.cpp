@@ -21,14 +21,12 @@
 #include "product.h"
 #include "mask_rows.h"
 #include "masked_linear_kernels.h"
+#include "masked_conv_kernels.h"
 #include "sample_mask_kernels.h"
 #include "capability.h"
 
 namespace modmask {
 
-const Kernels kKernelsPlain = {
-    "plain",       plain::forward,     plain::backward,
-    plain::values, plain::sample_bits, plain::sample_backward,
-};
+const Kernels kKernelsPlain = plain::table("plain");
 
 }  // namespace modmask

@@ -9,23 +9,6 @@ namespace modmask {
 
 namespace {
 
-DType element_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
-  }
-}
-
-void check_same_type(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-}
-
 // Everything that both directions need, with the contiguous copies it points into.
 struct Arguments {
   Contiguous x, weight, logits, bias, bias_logits, seed;
@@ -150,35 +133,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
       element_offset, samples, tau, hard);
   check_same_type(dy, x, "dy");
   const Contiguous dy_data(dy);
-  const auto gradient = [](const Tensor& like, bool needed) {
-    static constexpr int64_t kNone[] = {0};
-    return empty_like(
-        like, needed ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone));
-  };
-  Tensor dx = gradient(x, need_x);
-  Tensor dweight = gradient(weight, need_weight);
-  Tensor dlogits = gradient(logits, need_logits);
-  Tensor dbias = gradient(bias.value_or(weight), need_bias);
-  Tensor dbias_logits = gradient(bias_logits.value_or(logits), need_bias_logits);
-
-  if (a.problem.rows == 0 || a.problem.in == 0 || a.problem.out == 0) {
-    for (Tensor* t : {&dx, &dweight, &dlogits, &dbias, &dbias_logits}) {
-      torch::stable::zero_(*t);
+  GradientTensors g(
+      x, weight, logits, bias, bias_logits, need_x, need_weight, need_logits, need_bias,
+      need_bias_logits);
+  if (a.problem.rows == 0 || a.problem.out == 0) {
+    g.zero();
+  } else {
+    if (a.problem.in == 0) {
+      g.zero();
     }
-    if (a.problem.rows == 0 || a.problem.out == 0) {
-      return {dx, dweight, dlogits, dbias, dbias_logits};
-    }
+    active_kernels().linear_backward(a.problem, g.pointers(dy_data.data()), torch_runner());
   }
-  const auto pointer = [](Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
-  LinearGradients d{};
-  d.dy = dy_data.data();
-  d.dx = pointer(dx);
-  d.dweight = pointer(dweight);
-  d.dlogits = static_cast<float*>(pointer(dlogits));
-  d.dbias = pointer(dbias);
-  d.dbias_logits = static_cast<float*>(pointer(dbias_logits));
-  active_kernels().linear_backward(a.problem, d, torch_runner());
-  return {dx, dweight, dlogits, dbias, dbias_logits};
+  return g.tensors();
 }
 
 }  // namespace

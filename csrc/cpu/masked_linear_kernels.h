@@ -71,6 +71,32 @@ void load_tile(
   }
 }
 
+// W * M of a tile that `load_tile` has read, from the weight's `first_element` on.
+template <bool kHard>
+void mask_rows(
+    const MaskSpec& spec,
+    const RowMasks& masks,
+    const float* logits,
+    int64_t in,
+    int64_t first_element,
+    int64_t rows,
+    int64_t n,
+    int64_t step,
+    const float* wide,
+    const float* exps,
+    float* tile,
+    uint32_t* words) {
+  for (int64_t o = 0; o < rows; ++o) {
+    const int64_t element = first_element + o * in;
+    const RowNoise noise =
+        masks.row(spec.element_offset + element, n, exps + o * step, logits + element, words);
+    float* to = tile + o * step;
+    const float* w = wide + o * step;
+    for_mask_vectors<kHard, false>(
+        noise, n, spec.tau, [&](int64_t i, auto& m) { store(to + i, m.apply(m, load(w + i))); });
+  }
+}
+
 // A block of rows in memory, fetched line by line.
 class Lines {
  public:
@@ -131,6 +157,117 @@ class TileAhead {
   int64_t each_[3];
 };
 
+// ---- bias ----
+
+// The bias of outputs [o0, o0 + n) as one group sees it, zeros where there is none. `exps` must
+// hold whole vectors, `words` words_needed(n).
+template <typename T, bool kHard, typename Problem>
+void masked_bias(
+    const Problem& p,
+    int64_t set,
+    int64_t sample,
+    int64_t o0,
+    int64_t n,
+    float* values,
+    float* exps,
+    uint32_t* words) {
+  if (p.bias == nullptr) {
+    std::fill(values, values + n, 0.0f);
+    return;
+  }
+  widen_row(static_cast<const T*>(p.bias) + o0, values, n);
+  if (p.bias_logits == nullptr) {
+    return;
+  }
+  const MaskSpec& spec = p.mask;
+  const float* logits = p.bias_logits + set * outputs_of(p) + o0;
+  exp_minus_row(logits, n, exps);
+  const RowNoise noise =
+      RowMasks(spec, set, sample, p.bias_tensor_id).row(o0, n, exps, logits, words);
+  for_mask_vectors<kHard, false>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+    store(values + i, m.apply(m, load(values + i)));
+  });
+}
+
+inline double sum(const float* p, int64_t n) {
+  constexpr int kParts = 8;
+  double part[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts) {
+    for (int j = 0; j < kParts; ++j) {
+      part[j] += p[i + j];
+    }
+  }
+  for (int j = 0; i < n; ++i, ++j) {
+    part[j] += p[i];
+  }
+  double total = 0.0;
+  for (int j = 0; j < kParts; ++j) {
+    total += part[j];
+  }
+  return total;
+}
+
+// Gradients of the bias and its logits; column(o, group) is the sum of dy over a group. One long
+// sum per output: in double, it costs nothing.
+template <typename T, bool kHard, typename Problem, typename Column>
+void bias_gradients(
+    const Problem& p,
+    const Gradients& d,
+    double cost,
+    const Runner& runner,
+    const Column& column_sum) {
+  constexpr int64_t kBlock = 64;
+  const MaskSpec& spec = p.mask;
+  const int64_t out = outputs_of(p);
+  const T* bias = static_cast<const T*>(p.bias);
+  T* dbias = static_cast<T*>(d.dbias);
+  run_tasks(runner, ceil_div(out, kBlock), cost, [&](int64_t t) {
+    const int64_t o0 = t * kBlock;
+    const int64_t count = out - o0 < kBlock ? out - o0 : kBlock;
+    double total[kBlock] = {}, d_logits[kBlock], column[kBlock];
+    float exps[kBlock], values[kBlock], slopes[kBlock], narrowed[kBlock];
+    uint32_t words[words_needed(kBlock)];
+    for (int64_t set = 0; set < spec.sets; ++set) {
+      std::fill(d_logits, d_logits + kBlock, 0.0);
+      for (int64_t k = 0; k < spec.samples; ++k) {
+        for (int64_t o = 0; o < count; ++o) {
+          column[o] = column_sum(o0 + o, set * spec.samples + k);
+        }
+        if (p.bias_logits == nullptr) {
+          for (int64_t o = 0; o < count; ++o) {
+            total[o] += column[o];
+          }
+          continue;
+        }
+        const float* logits = p.bias_logits + set * out + o0;
+        exp_minus_row(logits, count, exps);
+        const RowNoise noise =
+            RowMasks(spec, set, k, p.bias_tensor_id).row(o0, count, exps, logits, words);
+        for_mask_vectors<kHard, true>(noise, count, spec.tau, [&](int64_t i, auto& m) {
+          store(values + i, m.values(m));
+          store(slopes + i, m.soft.slope);
+        });
+        for (int64_t o = 0; o < count; ++o) {
+          total[o] += column[o] * values[o];
+          d_logits[o] += column[o] * widen(bias[o0 + o]) * slopes[o];
+        }
+      }
+      if (d.dbias_logits != nullptr) {
+        for (int64_t o = 0; o < count; ++o) {
+          d.dbias_logits[set * out + o0 + o] = static_cast<float>(d_logits[o]);
+        }
+      }
+    }
+    if (dbias != nullptr) {
+      for (int64_t o = 0; o < count; ++o) {
+        narrowed[o] = static_cast<float>(total[o]);
+      }
+      narrow_row(narrowed, dbias + o0, count);
+    }
+  });
+}
+
 // ---- forward ----
 
 // Panels of 2 * kLanes batch rows (the last of kLanes where that is enough), each [in][width].
@@ -181,7 +318,6 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   const int64_t in = p.in, out = p.out, rows = p.rows;
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
-  const T* bias = static_cast<const T*>(p.bias);
 
   const int64_t padded_rows = padded(rows, kLanes);
   const int64_t panels = ceil_div(rows, kTileColumns);
@@ -243,17 +379,9 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
                 ceil_div(i_count, kSumDepth));
         for (int64_t k = 0; k < spec.samples; ++k) {
           const RowMasks masks(spec, set, k, spec.tensor_id);
-          for (int64_t o = 0; o < o_count; ++o) {
-            const int64_t element = (o0 + o) * in + i0;
-            const RowNoise noise = masks.row(
-                spec.element_offset + element, i_count, exps + o * tile_step, logits + element,
-                words);
-            float* to = tile + o * tile_step;
-            const float* w = wide + o * tile_step;
-            for_mask_vectors<kHard, false>(noise, i_count, spec.tau, [&](int64_t i, auto& m) {
-              store(to + i, m.apply(m, load(w + i)));
-            });
-          }
+          mask_rows<kHard>(
+              spec, masks, logits, in, o0 * in + i0, o_count, i_count, tile_step, wide, exps, tile,
+              words);
           const int64_t g = set * spec.samples + k;
           const float* panel = packed + (g * padded_rows + r0) * in;
           float* y_tile = result + k * kForwardRows * chunk;
@@ -271,18 +399,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         }
       }
       for (int64_t k = 0; k < spec.samples; ++k) {
-        for (int64_t o = 0; o < o_count; ++o) {
-          bias_values[o] = bias != nullptr ? widen(bias[o0 + o]) : 0.0f;
-        }
-        if (bias != nullptr && p.bias_logits != nullptr) {
-          const float* b_logits = p.bias_logits + set * out + o0;
-          exp_minus_row(b_logits, o_count, bias_exps);
-          const RowNoise noise =
-              RowMasks(spec, set, k, p.bias_tensor_id).row(o0, o_count, bias_exps, b_logits, words);
-          for_mask_vectors<kHard, false>(noise, o_count, spec.tau, [&](int64_t i, auto& m) {
-            store(bias_values + i, m.apply(m, load(bias_values + i)));
-          });
-        }
+        masked_bias<T, kHard>(p, set, k, o0, o_count, bias_values, bias_exps, words);
         const float* y_tile = result + k * kForwardRows * chunk;
         const int64_t first_row = (set * spec.samples + k) * rows + r0;
         const int64_t count = rows - r0 < r_count ? rows - r0 : r_count;
@@ -448,27 +565,25 @@ inline void write_dlogits(const BackwardTile& t, float* to, int64_t in, bool str
   }
 }
 
-inline double sum(const float* p, int64_t n) {
-  constexpr int kParts = 8;
-  double part[kParts] = {};
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts) {
-    for (int j = 0; j < kParts; ++j) {
-      part[j] += p[i + j];
+// dlogits += D * slope and dweight += D * M of one sample, with D in the layout of the tile.
+inline void add_sample(const BackwardTile& t, const float* products, bool dlogits, bool first) {
+  for (int64_t o = 0; o < t.o_count; ++o) {
+    const int64_t row = o * t.step;
+    for (int64_t at = row; at < row + t.i_count; at += kLanes) {
+      const vf product = load(products + at);
+      if (dlogits) {
+        const vf before = first ? vf{} : load(t.dlogits + at);
+        store(t.dlogits + at, fma(product, load(t.slopes + at), before));
+      }
+      if (t.dweight != nullptr) {
+        store(t.dweight + at, fma(product, load(t.values + at), load(t.dweight + at)));
+      }
     }
   }
-  for (int j = 0; i < n; ++i, ++j) {
-    part[j] += p[i];
-  }
-  double total = 0.0;
-  for (int j = 0; j < kParts; ++j) {
-    total += part[j];
-  }
-  return total;
 }
 
 template <typename T, bool kHard>
-void linear_backward(const LinearProblem& p, const LinearGradients& d, const Runner& runner) {
+void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& runner) {
   const MaskSpec& spec = p.mask;
   const int64_t groups = spec.sets * spec.samples;
   const int64_t in = p.in, out = p.out, rows = p.rows;
@@ -625,55 +740,9 @@ void linear_backward(const LinearProblem& p, const LinearGradients& d, const Run
   }
 
   if (d.dbias != nullptr || d.dbias_logits != nullptr) {
-    constexpr int64_t kBlock = 64;
-    const T* bias = static_cast<const T*>(p.bias);
-    T* dbias = static_cast<T*>(d.dbias);
-    const double cost = static_cast<double>(groups * rows * out) / kLanes;
-    run_tasks(runner, ceil_div(out, kBlock), cost, [&](int64_t t) {
-      const int64_t o0 = t * kBlock;
-      const int64_t count = out - o0 < kBlock ? out - o0 : kBlock;
-      // a bias gradient is one long sum per output: in double, it costs nothing
-      double total[kBlock] = {}, d_logits[kBlock], column[kBlock];
-      float exps[kBlock], values[kBlock], slopes[kBlock], narrowed[kBlock];
-      uint32_t words[words_needed(kBlock)];
-      for (int64_t set = 0; set < spec.sets; ++set) {
-        std::fill(d_logits, d_logits + kBlock, 0.0);
-        for (int64_t k = 0; k < spec.samples; ++k) {
-          for (int64_t o = 0; o < count; ++o) {
-            column[o] = sum(dy + (o0 + o) * dy_step + (set * spec.samples + k) * rows, rows);
-          }
-          if (p.bias_logits == nullptr) {
-            for (int64_t o = 0; o < count; ++o) {
-              total[o] += column[o];
-            }
-            continue;
-          }
-          const float* b_logits = p.bias_logits + set * out + o0;
-          exp_minus_row(b_logits, count, exps);
-          const RowNoise noise =
-              RowMasks(spec, set, k, p.bias_tensor_id).row(o0, count, exps, b_logits, words);
-          for_mask_vectors<kHard, true>(noise, count, spec.tau, [&](int64_t i, auto& m) {
-            store(values + i, m.values(m));
-            store(slopes + i, m.soft.slope);
-          });
-          for (int64_t o = 0; o < count; ++o) {
-            total[o] += column[o] * values[o];
-            d_logits[o] += column[o] * widen(bias[o0 + o]) * slopes[o];
-          }
-        }
-        if (d.dbias_logits != nullptr) {
-          for (int64_t o = 0; o < count; ++o) {
-            d.dbias_logits[set * out + o0 + o] = static_cast<float>(d_logits[o]);
-          }
-        }
-      }
-      if (dbias != nullptr) {
-        for (int64_t o = 0; o < count; ++o) {
-          narrowed[o] = static_cast<float>(total[o]);
-        }
-        narrow_row(narrowed, dbias + o0, count);
-      }
-    });
+    bias_gradients<T, kHard>(
+        p, d, static_cast<double>(groups * rows * out) / kLanes, runner,
+        [&](int64_t o, int64_t group) { return sum(dy + o * dy_step + group * rows, rows); });
   }
 }
 

@@ -5,16 +5,8 @@ namespace modmask::MODMASK_CAPABILITY {
 constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 operands and a broadcast fill 16 registers
 constexpr int kTileColumns = 2 * kLanes;
 
-// c[m][lane] = sum over k of a[m * a_row + k * a_step] * b[k * b_step + lane]
 template <int kRows, int kVectors>
-MODMASK_INLINE void multiply(
-    const float* a,
-    int64_t a_row,
-    int64_t a_step,
-    const float* b,
-    int64_t b_step,
-    int64_t depth,
-    vf (&c)[kRows][kVectors]) {
+MODMASK_INLINE void clear(vf (&c)[kRows][kVectors]) {
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
@@ -22,6 +14,18 @@ MODMASK_INLINE void multiply(
       c[m][v] = vf{};
     }
   }
+}
+
+// c[m][lane] += sum over k of a[m * a_row + k * a_step] * b[k * b_step + lane]
+template <int kRows, int kVectors>
+MODMASK_INLINE void accumulate(
+    const float* a,
+    int64_t a_row,
+    int64_t a_step,
+    const float* b,
+    int64_t b_step,
+    int64_t depth,
+    vf (&c)[kRows][kVectors]) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     vf row[kVectors];
@@ -40,6 +44,20 @@ MODMASK_INLINE void multiply(
     a += a_step;
     b += b_step;
   }
+}
+
+// `accumulate` from zero.
+template <int kRows, int kVectors>
+MODMASK_INLINE void multiply(
+    const float* a,
+    int64_t a_row,
+    int64_t a_step,
+    const float* b,
+    int64_t b_step,
+    int64_t depth,
+    vf (&c)[kRows][kVectors]) {
+  clear(c);
+  accumulate<kRows, kVectors>(a, a_row, a_step, b, b_step, depth, c);
 }
 
 // Calls f(integral_constant<rows>) for a tile of 1..kTileRows rows.

@@ -203,7 +203,7 @@ void transpose(
           __builtin_memcpy(out + (c + i) * to_step, &column[i], sizeof column[i]);
         }
       }
-      for (; c < count; ++c) {
+      for (int64_t rest = count % 4; rest > 0; --rest, ++c) {
         for (int64_t i = 0; i < 4; ++i) {
           out[c * to_step + i] = read[i * step + c];
         }
@@ -272,6 +272,11 @@ class Scratch {
 
   uint32_t* words(int64_t count) {
     return reinterpret_cast<uint32_t*>(floats(count));
+  }
+
+  // takes the room of twice as many floats
+  int64_t* integers(int64_t count) {
+    return reinterpret_cast<int64_t*>(floats(2 * count));
   }
 
   static size_t need(int64_t count) {

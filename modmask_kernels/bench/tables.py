@@ -99,6 +99,7 @@ def _floor_table(rows: Sequence[Row]) -> Table:
             "whole products, ms",
             "cut products, ms",
             "traffic, ms",
+            "call, ms",
             "floor, ms",
             "fused, ms",
             "fused / floor",
@@ -111,6 +112,7 @@ def _floor_table(rows: Sequence[Row]) -> Table:
                 _ms(row["floor"]["whole_products_seconds"]),
                 _ms(row["floor"]["cut_products_seconds"]),
                 _ms(row["floor"]["traffic_seconds"]),
+                _ms(row["floor"]["call_seconds"]),
                 _ms(row["floor"]["seconds"]),
                 _ms(row["seconds"]["fused"]["median"]),
                 _times(row["floor"]["fused_over_floor"]),
@@ -119,9 +121,10 @@ def _floor_table(rows: Sequence[Row]) -> Table:
         ],
         note="Noise: sample_mask_packed alone; forward and backward need it once each. Whole "
         "products: the plain layer. Cut products: the library's products with the batch in as "
-        "many parts as samples. Traffic: 7 words per weight at the speed of a copy. Floor: the "
-        "larger of traffic and whole products plus twice the noise; it takes masking, slopes and "
-        "the cut as free.",
+        "many parts as samples. Traffic: 7 words per weight at the speed of a copy. Call: what an "
+        "empty operation with its gradient in Python takes more than a plain layer of one weight. "
+        "Floor: the larger of traffic and whole products plus twice the noise, plus the call; it "
+        "takes masking, slopes and the cut as free.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Masks over the linear layers of any model, and off again."""
+"""Masks over the layers of any model, and off again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..nn import MaskedLinear, Mode
-from ..nn.masked_linear import check_mode, name_sets
+from ..nn import MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedModule, Mode
+from ..nn.masked_module import check_mode, name_sets
 
 ESTIMATORS = ("gumbel_sigmoid",)
+
+# the masked counterpart of every plain layer that has one
+MASKED_TYPES: dict[type[nn.Module], Any] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+}
 
 _RECORD = "_mask_record"
 
@@ -25,7 +32,7 @@ class MaskRecord:
     settings: dict[str, Any]
     requires_grad: dict[str, bool]
     # by name of the masked layer; in a plain dict, so that they are no submodules of the model
-    dense: dict[str, nn.Linear]
+    dense: dict[str, nn.Module]
     # (module name, attribute, former value) of inference shortcuts that would skip a mask
     shortcuts: list[tuple[str, str, Any]] = field(default_factory=list)
     # how each set was learned last: seed, steps and settings
@@ -51,7 +58,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+def masked_layers(model: nn.Module) -> dict[str, MaskedModule]:
     """The masked layers of a model by name, each once.
 
     Raises:
@@ -70,25 +77,23 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return layers
 
 
-def find_masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+def find_masked_layers(model: nn.Module) -> dict[str, MaskedModule]:
     """As `masked_layers`, without the checks."""
-    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, MaskedLinear)}
+    return {n: m for n, m in unwrapped(model).named_modules() if isinstance(m, MaskedModule)}
 
 
-def masked_tensors(layers: dict[str, MaskedLinear]) -> dict[str, MaskedTensor]:
+def masked_tensors(layers: dict[str, MaskedModule]) -> dict[str, MaskedTensor]:
     """Every masked parameter by name; tied ones once, under the name of the first layer."""
     found: dict[str, MaskedTensor] = {}
     seen: set[int] = set()
     for name, layer in layers.items():
-        for leaf, parameter, logits, tensor_id in (
-            ("weight", layer.weight, layer.weight_logits, layer.tensor_id),
-            ("bias", layer.bias, layer.bias_logits, layer.bias_tensor_id),
-        ):
-            if parameter is None or logits is None or id(logits) in seen:
+        for leaf in layer.masked:
+            parameter, logits = layer.get_parameter(leaf), layer.logits_of(leaf)
+            if id(logits) in seen:
                 continue
             seen.add(id(logits))
             full = f"{name}.{leaf}" if name else leaf
-            found[full] = MaskedTensor(parameter, logits, tensor_id)
+            found[full] = MaskedTensor(parameter, logits, layer.tensor_ids[leaf])
     return found
 
 
@@ -101,31 +106,37 @@ def find_record(model: nn.Module) -> MaskRecord | None:
     return None
 
 
-def _obstacle(linear: nn.Linear, in_attention: bool) -> str | None:
-    """Why a linear layer cannot be replaced, or None."""
+def counterpart(module: nn.Module) -> Any | None:
+    """The class of masked layers for a plain one, or None."""
+    return next((new for old, new in MASKED_TYPES.items() if isinstance(module, old)), None)
+
+
+def _obstacle(module: nn.Module, in_attention: bool) -> str | None:
+    """Why a layer cannot be replaced, or None."""
+    plain = next(old for old in MASKED_TYPES if isinstance(module, old))
     if in_attention:
         return "torch.nn.MultiheadAttention reads its weight without calling it"
-    if type(linear).forward is not nn.Linear.forward:
-        return f"{type(linear).__name__} has its own forward"
-    if "weight" not in linear._parameters:
+    if type(module).forward is not plain.forward:
+        return f"{type(module).__name__} has its own forward"
+    if "weight" not in module._parameters:
         return "its weight is computed (parametrised or normalised)"
     return None
 
 
-def _find_linears(
+def _find_layers(
     model: nn.Module, accept: Callable[[str, nn.Module], bool] | None
-) -> dict[str, nn.Linear]:
-    """The linear layers to mask by name, each once; a warning names those that cannot be."""
+) -> dict[str, nn.Module]:
+    """The layers to mask by name, each once; a warning names those that cannot be."""
     attention = {
         id(child)
         for module in model.modules()
         if isinstance(module, nn.MultiheadAttention)
         for child in module.children()
     }
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or (accept is not None and not accept(name, module)):
+        if counterpart(module) is None or (accept is not None and not accept(name, module)):
             continue
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(
@@ -137,9 +148,7 @@ def _find_linears(
         else:
             left.append(f"{name!r} ({reason})")
     if left:
-        warnings.warn(
-            f"mask_model leaves these linear layers unmasked: {', '.join(left)}", stacklevel=3
-        )
+        warnings.warn(f"mask_model leaves these layers unmasked: {', '.join(left)}", stacklevel=3)
     return chosen
 
 
@@ -189,14 +198,15 @@ def mask_model(
     init: float = 2.0,
     batch_dim: int = 0,
 ) -> nn.Module:
-    """Lay masks over the linear layers of a model, in place, and freeze all its weights.
+    """Lay masks over the layers of a model, in place, and freeze all its weights.
 
-    Every `torch.nn.Linear` at any depth becomes a `MaskedLinear` over the same Parameters. A
-    module that occurs at several places is converted once, and layers that share a weight share
-    its logits. All parameters of the model stop requiring gradients; the logits require them.
+    Every layer of a type in `MASKED_TYPES`, at any depth, becomes its masked counterpart over the
+    same Parameters (`torch.nn.Linear` a `MaskedLinear`, and so on). A module that occurs at several
+    places is converted once, and layers that share a weight share its logits. All parameters of
+    the model stop requiring gradients; the logits require them.
 
     Args:
-        model: any module; a bare `torch.nn.Linear` works too, then use the returned module.
+        model: any module; a bare layer works too, then use the returned module.
         sets: number of mask sets, or a list of their names.
         samples: masks drawn per set and batch (spec of the method: 4 to 8).
         estimator: "gumbel_sigmoid", the straight-through concrete distribution.
@@ -206,14 +216,14 @@ def mask_model(
         batch_dim: dimension of the batch in the inputs of the layers (1 for time-major models).
 
     Returns:
-        The model, or, where the model itself is a `torch.nn.Linear`, its replacement.
+        The model, or, where the model itself is a layer to mask, its replacement.
 
     Raises:
         ValueError: for wrong options, if the model is masked already, if nothing is to be
             masked, or if a lazy layer has no shape yet.
 
     Warns:
-        UserWarning: for linear layers that cannot be masked: subclasses with their own forward,
+        UserWarning: for layers that cannot be masked: subclasses with their own forward,
             parametrised weights, and the output projection inside `torch.nn.MultiheadAttention`.
 
     Source: Csordás et al. 2021, "Are Neural Nets Modular?", sections 2 and 3.
@@ -225,11 +235,12 @@ def mask_model(
     masked = find_masked_layers(model)
     if masked:
         raise ValueError(f"model: expected no masked layers, found {next(iter(masked))!r} masked")
-    linears = _find_linears(model, filter)
-    if not linears:
+    plain = _find_layers(model, filter)
+    if not plain:
+        expected = ", ".join(f"torch.nn.{old.__name__}" for old in MASKED_TYPES)
         raise ValueError(
-            "model: expected at least one torch.nn.Linear"
-            + ("" if filter is None else " that the filter accepts")
+            f"model: expected at least one layer that can be masked ({expected})"
+            + ("" if filter is None else " and that the filter accepts")
         )
 
     number = {id(parameter): n for n, (_, parameter) in enumerate(model.named_parameters())}
@@ -242,23 +253,22 @@ def mask_model(
             "bias": bool(bias),
         },
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        dense=dict(linears),
+        dense=dict(plain),
     )
     replacement: dict[int, nn.Module] = {}
     logits: dict[int, nn.Parameter] = {}
-    for linear in linears.values():
-        layer = MaskedLinear.from_dense(
-            linear, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init
+    for module in plain.values():
+        layer: MaskedModule = counterpart(module).from_dense(  # type: ignore[union-attr]
+            module, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init
         )
-        layer.tensor_id = number[id(linear.weight)]
-        layer.weight_logits = logits.setdefault(id(linear.weight), layer.weight_logits)
-        if layer.bias is not None:
-            layer.bias_tensor_id = number[id(layer.bias)]
-            if layer.bias_logits is not None:
-                layer.bias_logits = logits.setdefault(id(layer.bias), layer.bias_logits)
+        for leaf in layer.masked:
+            parameter = layer.get_parameter(leaf)
+            layer.tensor_ids[leaf] = number[id(parameter)]
+            shared = logits.setdefault(id(parameter), layer.logits_of(leaf))
+            layer.register_parameter(f"{leaf}_logits", shared)
         layer.batch_dim = batch_dim
-        _share_hooks(linear, layer)
-        replacement[id(linear)] = layer
+        _share_hooks(module, layer)
+        replacement[id(module)] = layer
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     masked_model = _replace(model, replacement)
@@ -274,10 +284,10 @@ def unmask_model(model: nn.Module) -> nn.Module:
     requires gradients again if it did before.
 
     Args:
-        model: a model with masked layers, by `mask_model` or built with `MaskedLinear`.
+        model: a model with masked layers, by `mask_model` or built with them.
 
     Returns:
-        The model, or, where the model itself is a `MaskedLinear`, the plain layer.
+        The model, or, where the model itself is a masked layer, the plain layer.
 
     Raises:
         ValueError: if the model has no masked layers.
@@ -291,12 +301,10 @@ def unmask_model(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         dense = record.dense.get(name) if record is not None else None
         if dense is None:
-            dense = nn.Linear(
-                layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-            )
+            dense = layer.dense_shell()
         # the Parameters of the layer, which a conversion of device or dtype may have replaced
-        dense.weight = layer.weight
-        dense.bias = layer.bias
+        for leaf in dense._parameters:
+            dense._parameters[leaf] = layer._parameters[leaf]
         _share_hooks(layer, dense)
         dense.train(layer.training)
         replacement[id(layer)] = dense
@@ -312,7 +320,7 @@ def unmask_model(model: nn.Module) -> nn.Module:
 class _Switch:
     """A setting of all masked layers: effective at once, undone at the end of a `with` block."""
 
-    def __init__(self, layers: Sequence[MaskedLinear], attributes: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[MaskedModule], attributes: Sequence[str]) -> None:
         self._former = [
             (layer, {name: layer.__dict__[name] for name in attributes}) for layer in layers
         ]

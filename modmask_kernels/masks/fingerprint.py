@@ -26,9 +26,9 @@ def weight_hash(model: nn.Module) -> str:
         ValueError: if a parameter is on the meta device and so has no values.
     """
     logits = {
-        id(p)
+        id(layer.logits_of(name))
         for layer in find_masked_layers(model).values()
-        for p in (layer.weight_logits, layer.bias_logits)
+        for name in layer.masked
     }
     digest = hashlib.sha256()
     for name, parameter in unwrapped(model).named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import MaskedLinear
+from ..nn import MaskedModule
 from .batches import batch_size, call_model, cut, inputs_of, join
 from .checkpoint import check_storable
 from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
@@ -19,7 +19,7 @@ from .seeds import step_seed, stream_key
 
 Data = Callable[[int, torch.Generator], Any]
 Loss = Callable[[Any, Any], Tensor]
-Views = tuple[Tensor, Tensor | None, Tensor]
+Views = tuple[dict[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
     streams: list[Stream]
     selection: tuple[int, int]
     leaves: list[Tensor]  # logits of these sets, [count, ...], one per masked tensor
-    views: list[tuple[MaskedLinear, Views]]
+    views: list[tuple[MaskedModule, Views]]
 
 
 class Learner:
@@ -97,7 +97,7 @@ class Learner:
         self.samples = _common_samples(self.layers)
         _check_tensors(self.layers, self.tensors)
         first = next(iter(self.layers.values()))
-        self.device = first.weight_logits.device
+        self.device = next(iter(self.tensors.values())).logits.device
         self.immediate = self.device.type == "cpu" if immediate is None else immediate
         self.seed = torch.zeros(first.sets, dtype=torch.int64, device=self.device)
         self.scale = torch.ones((), device=self.device)
@@ -159,13 +159,13 @@ class Learner:
 
     def _views(
         self, leaves: Mapping[str, Tensor], seed: Tensor
-    ) -> list[tuple[MaskedLinear, Views]]:
+    ) -> list[tuple[MaskedModule, Views]]:
         """What each layer uses in place of its logits and seed; tied layers share a leaf."""
         leaf_of = {id(t.logits): leaves[name] for name, t in self.tensors.items()}
-        views: list[tuple[MaskedLinear, Views]] = []
+        views: list[tuple[MaskedModule, Views]] = []
         for layer in self.layers.values():
-            bias = None if layer.bias_logits is None else leaf_of[id(layer.bias_logits)]
-            views.append((layer, (leaf_of[id(layer.weight_logits)], bias, seed)))
+            of_layer = {leaf: leaf_of[id(layer.logits_of(leaf))] for leaf in layer.masked}
+            views.append((layer, (of_layer, seed)))
         return views
 
     def _trained_weights(self) -> list[Tensor]:
@@ -488,7 +488,7 @@ def _consecutive(indices: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _common_samples(layers: Mapping[str, MaskedLinear]) -> int:
+def _common_samples(layers: Mapping[str, MaskedModule]) -> int:
     (first_name, first), *others = layers.items()
     for name, layer in others:
         if layer.samples != first.samples:
@@ -499,7 +499,7 @@ def _common_samples(layers: Mapping[str, MaskedLinear]) -> int:
     return first.samples
 
 
-def _check_tensors(layers: Mapping[str, MaskedLinear], tensors: Mapping[str, MaskedTensor]) -> None:
+def _check_tensors(layers: Mapping[str, MaskedModule], tensors: Mapping[str, MaskedTensor]) -> None:
     """Devices, numbers and values of the masked tensors."""
     numbers: dict[int, str] = {}
     sets = next(iter(layers.values())).set_names

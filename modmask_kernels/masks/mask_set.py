@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..files import atomic, sort_metadata
 from .convert import (
+    counterpart,
     find_masked_layers,
     find_record,
     masked_layers,
@@ -386,19 +387,19 @@ class MaskSet(Mapping[str, Tensor]):
         self.check(model, strict=strict)
         baked = copy.deepcopy(unwrapped(model))
         layers = find_masked_layers(baked)
-        linears: dict[str, nn.Module] = {
+        places_of: dict[str, nn.Module] = {
             name: module
             for name, module in baked.named_modules()
-            if isinstance(module, nn.Linear) and not layers
+            if counterpart(module) is not None and not layers
         }
-        linears.update(layers)
+        places_of.update(layers)
         # for every mask the (module, leaf) pairs it stands over; tied layers give several
         owners: dict[str, list[tuple[str, str]]] = {}
         for name in self._shapes:
             prefix, _, leaf = name.rpartition(".")
             parameter = baked.get_submodule(prefix)._parameters.get(leaf)
             owners[name] = [
-                (n, leaf) for n, m in linears.items() if m._parameters.get(leaf) is parameter
+                (n, leaf) for n, m in places_of.items() if m._parameters.get(leaf) is parameter
             ] or [(prefix, leaf)]
         if layers:
             baked = unmask_model(baked)

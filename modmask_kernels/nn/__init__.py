@@ -1,5 +1,7 @@
 """Layers whose weights stand under learned masks."""
 
-from .masked_linear import MaskedLinear, Mode
+from .masked_conv import MaskedConv1d, MaskedConv2d
+from .masked_linear import MaskedLinear
+from .masked_module import MaskedModule, Mode
 
-__all__ = ["MaskedLinear", "Mode"]
+__all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedLinear", "MaskedModule", "Mode"]

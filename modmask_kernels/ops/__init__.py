@@ -1,6 +1,15 @@
 """The operations: pure functions of tensors and an explicit seed."""
 
+from .masked_conv import masked_conv1d, masked_conv2d
 from .masked_linear import masked_linear
 from .sample_mask import pack_bits, sample_mask, sample_mask_packed, unpack_bits
 
-__all__ = ["masked_linear", "pack_bits", "sample_mask", "sample_mask_packed", "unpack_bits"]
+__all__ = [
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_linear",
+    "pack_bits",
+    "sample_mask",
+    "sample_mask_packed",
+    "unpack_bits",
+]

@@ -69,7 +69,7 @@ def batched(name: str, call: Callable[..., Any] | None = None) -> Callable[..., 
         results = [
             one(
                 *(
-                    arg if dim is None else arg.select(dim, i)
+                    arg.select(dim, i) if isinstance(dim, int) else arg
                     for arg, dim in zip(args, in_dims, strict=True)
                 )
             )

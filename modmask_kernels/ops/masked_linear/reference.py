@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..sample_mask.reference import mask_of_sample
+from .._reference import product_per_group
 
 
 def masked_linear(
@@ -27,39 +26,20 @@ def masked_linear(
     batch_dim: int = 0,
 ) -> Tensor:
     """See `modmask_kernels.ops.masked_linear`; arguments are assumed valid."""
-    # logits of a single set may come without the set dimension
-    logits = logits if logits.dim() == weight.dim() + 1 else logits.unsqueeze(0)
-    sets = logits.shape[0]
-    if bias_logits is not None and bias_logits.dim() == 1:
-        bias_logits = bias_logits.unsqueeze(0)
-    if seed is None:
-        samples = 1
-    elif seed.dim() == 0:
-        seed = seed.expand(sets)
-    groups = sets * samples
-
-    batch = x.shape[batch_dim]
-    rows = batch // groups
-    parts = []
-    for g in range(groups):
-        s, k = divmod(g, samples)
-
-        def mask(
-            of: Tensor, name: int, offset: int = 0, s: int = s, sample: int = sample_offset + k
-        ) -> Tensor:
-            return mask_of_sample(
-                of[s],
-                seed=None if seed is None else seed[s],
-                sample=sample,
-                tensor_id=name,
-                element_offset=offset,
-                tau=tau,
-                hard=hard,
-            )
-
-        b = bias
-        if bias is not None and bias_logits is not None:
-            b = bias * mask(bias_logits, bias_tensor_id).to(bias.dtype)
-        masked = weight * mask(logits, tensor_id, element_offset).to(weight.dtype)
-        parts.append(F.linear(x.narrow(batch_dim, g * rows, rows), masked, b))
-    return torch.cat(parts, dim=batch_dim)
+    return product_per_group(
+        F.linear,
+        x,
+        weight,
+        logits,
+        bias,
+        bias_logits,
+        seed=seed,
+        tensor_id=tensor_id,
+        bias_tensor_id=bias_tensor_id,
+        sample_offset=sample_offset,
+        element_offset=element_offset,
+        samples=samples,
+        tau=tau,
+        hard=hard,
+        batch_dim=batch_dim,
+    )

@@ -86,7 +86,7 @@ void linear_backward(
   p.logits = l->logits;
   p.bias = l->bias;
   p.bias_logits = l->bias_logits;
-  modmask::LinearGradients d{};
+  modmask::Gradients d{};
   d.dy = given->dy;
   d.dx = given->dx;
   d.dweight = given->dweight;

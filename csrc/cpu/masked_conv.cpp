@@ -1,0 +1,185 @@
+// modmask::masked_conv and its backward on the CPU. Schemas live in Python.
+
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+namespace modmask {
+
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Everything that both directions need, with the contiguous copies it points into.
+struct ConvArguments {
+  Contiguous x, weight, logits, bias, bias_logits, seed;
+  ConvProblem problem;
+  std::vector<int64_t> out_sizes;
+
+  ConvArguments(
+      const Tensor& x_,
+      const Tensor& weight_,
+      const Tensor& logits_,
+      const std::optional<Tensor>& bias_,
+      const std::optional<Tensor>& bias_logits_,
+      const std::optional<Tensor>& seed_,
+      const std::vector<int64_t>& stride,
+      const std::vector<int64_t>& padding,
+      const std::vector<int64_t>& dilation,
+      int64_t groups,
+      int64_t tensor_id,
+      int64_t bias_tensor_id,
+      int64_t sample_offset,
+      int64_t element_offset,
+      int64_t samples,
+      double tau,
+      bool hard)
+      : x(x_),
+        weight(weight_),
+        logits(logits_),
+        bias(bias_),
+        bias_logits(bias_logits_),
+        seed(seed_) {
+    check_float32(logits_, "logits");
+    check_same_type(weight_, x_, "weight");
+    STD_TORCH_CHECK(
+        weight_.dim() == 4 && x_.dim() == 4, "x and weight must have two spatial dimensions");
+    const int64_t outputs = weight_.size(0);
+    const int64_t sets = logits_.dim() == 5 ? logits_.size(0) : 1;
+    STD_TORCH_CHECK(
+        (logits_.dim() == 4 || logits_.dim() == 5) && logits_.numel() == sets * weight_.numel(),
+        "logits must have the shape of weight or [sets, *weight]");
+    STD_TORCH_CHECK(
+        groups > 0 && x_.size(1) == weight_.size(1) * groups && outputs % groups == 0,
+        "the channels of x and weight must fit the groups of the convolution");
+    STD_TORCH_CHECK(
+        stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
+        "stride and dilation must be two numbers, padding four");
+    if (bias_.has_value()) {
+      check_same_type(*bias_, x_, "bias");
+      STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == outputs, "bias must be [out]");
+    }
+    if (bias_logits_.has_value()) {
+      check_float32(*bias_logits_, "bias_logits");
+      STD_TORCH_CHECK(
+          bias_.has_value() && bias_logits_->numel() == sets * outputs,
+          "bias_logits must be [out] or [sets, out] and come with a bias");
+    }
+    problem.mask =
+        mask_spec(seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);
+    const int64_t parts = sets * problem.mask.samples;
+    STD_TORCH_CHECK(
+        parts > 0 && x_.size(0) % parts == 0,
+        "the batch of x does not divide into sets * samples groups");
+    problem.bias_tensor_id = bias_tensor_id;
+    problem.dtype = element_type(x_);
+    problem.images = x_.size(0) / parts;
+    problem.conv_groups = groups;
+    problem.channels = x_.size(1);
+    problem.outputs = outputs;
+    out_sizes = {x_.size(0), outputs, 0, 0};
+    for (int i = 0; i < 2; ++i) {
+      problem.size[i] = x_.size(2 + i);
+      problem.kernel[i] = weight_.size(2 + i);
+      problem.stride[i] = stride[i];
+      problem.dilation[i] = dilation[i];
+      problem.padding[i] = padding[2 * i];
+      STD_TORCH_CHECK(
+          problem.kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[2 * i] >= 0 &&
+              padding[2 * i + 1] >= 0,
+          "kernel, stride and dilation must be positive, padding not negative");
+      const int64_t room = problem.size[i] + padding[2 * i] + padding[2 * i + 1] -
+                           dilation[i] * (problem.kernel[i] - 1) - 1;
+      STD_TORCH_CHECK(room >= 0, "the kernel is larger than the padded input");
+      problem.out_size[i] = room / stride[i] + 1;
+      out_sizes[2 + i] = problem.out_size[i];
+    }
+    problem.x = x.data();
+    problem.weight = weight.data();
+    problem.logits = logits.floats();
+    problem.bias = bias.data();
+    problem.bias_logits = bias_logits.floats();
+  }
+
+  bool empty() const {
+    return problem.images == 0 || problem.outputs == 0;
+  }
+};
+
+Tensor masked_conv(
+    Tensor x,
+    Tensor weight,
+    Tensor logits,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> bias_logits,
+    std::optional<Tensor> seed,
+    std::vector<int64_t> stride,
+    std::vector<int64_t> padding,
+    std::vector<int64_t> dilation,
+    int64_t groups,
+    int64_t tensor_id,
+    int64_t bias_tensor_id,
+    int64_t sample_offset,
+    int64_t element_offset,
+    int64_t samples,
+    double tau,
+    bool hard) {
+  const ConvArguments a(
+      x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
+      bias_tensor_id, sample_offset, element_offset, samples, tau, hard);
+  Tensor y = empty_like(x, IntHeaderOnlyArrayRef(a.out_sizes.data(), a.out_sizes.size()));
+  if (!a.empty()) {
+    active_kernels().conv_forward(a.problem, y.mutable_data_ptr(), torch_runner());
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
+    Tensor dy,
+    Tensor x,
+    Tensor weight,
+    Tensor logits,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> bias_logits,
+    std::optional<Tensor> seed,
+    std::vector<int64_t> stride,
+    std::vector<int64_t> padding,
+    std::vector<int64_t> dilation,
+    int64_t groups,
+    int64_t tensor_id,
+    int64_t bias_tensor_id,
+    int64_t sample_offset,
+    int64_t element_offset,
+    int64_t samples,
+    double tau,
+    bool hard,
+    bool need_x,
+    bool need_weight,
+    bool need_logits,
+    bool need_bias,
+    bool need_bias_logits) {
+  const ConvArguments a(
+      x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
+      bias_tensor_id, sample_offset, element_offset, samples, tau, hard);
+  check_same_type(dy, x, "dy");
+  const Contiguous dy_data(dy);
+  GradientTensors g(
+      x, weight, logits, bias, bias_logits, need_x, need_weight, need_logits, need_bias,
+      need_bias_logits);
+  if (a.empty()) {
+    g.zero();
+  } else {
+    active_kernels().conv_backward(a.problem, g.pointers(dy_data.data()), torch_runner());
+  }
+  return g.tensors();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
+  m.impl("masked_conv", TORCH_BOX(&masked_conv));
+  m.impl("masked_conv_backward", TORCH_BOX(&masked_conv_backward));
+}
+
+}  // namespace modmask

@@ -1,0 +1,307 @@
+"""What all masked layers share: mask sets, their logits, seeds and modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["sample", "soft", "threshold", "off"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+Layer = TypeVar("Layer", bound="MaskedModule")
+
+
+def check_mode(mode: object) -> None:
+    """Raise ValueError unless `mode` is one of the modes of a masked layer, or None."""
+    if mode is not None and mode not in MODES:
+        expected = ", ".join(repr(m) for m in MODES)
+        raise ValueError(f"mode: expected {expected} or None, got {mode!r}")
+
+
+def name_sets(sets: int | Sequence[str]) -> tuple[str, ...]:
+    """The names of the mask sets: those given, or '0', '1', ... for a number."""
+    if isinstance(sets, str):
+        raise ValueError(f"sets: expected a number or a list of names, got the string {sets!r}")
+    if isinstance(sets, int):
+        if sets < 1:
+            raise ValueError(f"sets: expected at least 1, got {sets}")
+        return tuple(str(s) for s in range(sets))
+    names = tuple(sets)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"sets: expected a number or a list of non-empty names, got {sets!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"sets: expected distinct names, got {list(names)}")
+    return names
+
+
+class MaskedModule(nn.Module):
+    """A module some of whose parameters stand under one mask per set, each drawn from logits.
+
+    The batch is cut into ``active sets * samples`` equal contiguous groups along `batch_dim`;
+    group ``g = set * samples + sample`` sees its own draw of the masks of its set. The logits of a
+    masked parameter ``name`` are the Parameter ``name_logits``, ``[sets, *shape]``, in float32
+    whatever the dtype of the weights is; ``Module.to(dtype)`` and its relatives leave them there.
+
+    A subclass calls `_add_masks` once its parameters exist, computes with `_logits`, `_seed` and
+    `effective_mode`, and says in a class method `from_dense` and in `dense_shell` what its plain
+    counterpart is.
+
+    Attributes (may be changed at any time):
+        mode: "sample" (0/1 masks, drawn), "soft" (values between, drawn), "threshold"
+            (logit > 0), "off" (plain layer), or None: "sample" while training, else "threshold".
+        active_sets: None for all sets, or ``(first, count)``. In mode "threshold" the batch is
+            cut into as many groups as there are active sets, so choose one set to evaluate it.
+        samples, tau, batch_dim, set_names.
+        tensor_ids: number of each masked parameter in its model, by name; it selects the stream of
+            noise, so two parameters that share one seed need different numbers.
+        sample_offset: index of the first sample; rank r of a data-parallel job that shares the
+            seeds uses ``r * samples``.
+        seed: int64 [sets], a buffer outside the state dict. None draws one seed per active set
+            from torch's default generator at every forward pass.
+    """
+
+    seed: Tensor | None
+    set_names: tuple[str, ...]
+    tensor_ids: dict[str, int]
+
+    def _add_masks(
+        self,
+        masked: Sequence[str],
+        sets: int | Sequence[str],
+        samples: int,
+        tau: float,
+        init: float,
+        tensor_id: int,
+    ) -> None:
+        """Lay masks over the parameters named in `masked`, numbered from `tensor_id` on."""
+        self.set_names = name_sets(sets)
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
+        if not tau > 0 or not math.isfinite(tau):
+            raise ValueError(f"tau: expected a positive number, got {tau!r}")
+        self.samples = samples
+        self.tau = float(tau)
+        self.init = float(init)
+        self.batch_dim = 0
+        self.sample_offset = 0
+        self.masked = tuple(masked)
+        self.tensor_ids = {name: tensor_id + n for n, name in enumerate(self.masked)}
+        self._mode: Mode | None = None
+        self._active: tuple[int, int] | None = None
+        # leaves over the logits of the active sets by parameter, and their seeds, put here by a
+        # learning loop so that no gradient of all sets is built when some are learned
+        self._views: tuple[dict[str, Tensor], Tensor] | None = None
+        for name in self.masked:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            values = torch.full(
+                (len(self.set_names), *parameter.shape),
+                self.init,
+                dtype=torch.float32,
+                device=parameter.device,
+            )
+            self.register_parameter(f"{name}_logits", nn.Parameter(values))
+        self.register_buffer("seed", None, persistent=False)
+
+    def reset_logits(self) -> None:
+        """All logits at `init`."""
+        for name in self.masked:
+            nn.init.constant_(self.logits_of(name), self.init)
+
+    def dense_shell(self) -> nn.Module:
+        """A plain layer of these sizes and options on the meta device, for other Parameters."""
+        raise NotImplementedError
+
+    def to_dense(self, set: int | str = 0) -> nn.Module:
+        """A new plain layer with the threshold masks (logit > 0) of `set` multiplied in."""
+        index = self.set_index(set)
+        dense = self.dense_shell()
+        with torch.no_grad():
+            for name, _ in list(dense.named_parameters(recurse=False)):
+                parameter = self._parameters[name]
+                assert parameter is not None
+                values = parameter.detach()
+                if name in self.masked:
+                    values = values.masked_fill(~(self.logits_of(name)[index] > 0), 0)
+                else:
+                    values = values.clone()
+                dense.register_parameter(
+                    name, nn.Parameter(values, requires_grad=parameter.requires_grad)
+                )
+        return dense.train(self.training)
+
+    @property
+    def sets(self) -> int:
+        """Number of mask sets."""
+        return len(self.set_names)
+
+    def logits_of(self, name: str) -> nn.Parameter:
+        """The logits [sets, ...] of a masked parameter."""
+        logits = self._parameters[f"{name}_logits"]
+        assert logits is not None
+        return logits
+
+    def set_index(self, set: int | str) -> int:
+        """The index of a set given by its index or name; ValueError names what there is."""
+        if isinstance(set, str):
+            if set in self.set_names:
+                return self.set_names.index(set)
+        elif isinstance(set, int) and 0 <= set < self.sets:
+            return int(set)
+        raise ValueError(
+            f"set: expected one of {list(self.set_names)} or an index below {self.sets}, "
+            f"got {set!r}"
+        )
+
+    @property
+    def mode(self) -> Mode | None:
+        """One of "sample", "soft", "threshold", "off", or None to follow `training`."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode | None) -> None:
+        check_mode(mode)
+        self._mode = mode
+
+    @property
+    def effective_mode(self) -> Mode:
+        """The mode that the next forward pass has."""
+        if self._mode is not None:
+            return self._mode
+        return "sample" if self.training else "threshold"
+
+    @property
+    def active_sets(self) -> tuple[int, int] | None:
+        """None for all sets, or (first, count)."""
+        return self._active
+
+    @active_sets.setter
+    def active_sets(self, active: tuple[int, int] | None) -> None:
+        if active is not None:
+            first, count = active
+            if first < 0 or count < 1 or first + count > self.sets:
+                raise ValueError(
+                    f"active_sets: expected (first, count) within {self.sets} sets, got {active}"
+                )
+            active = (int(first), int(count))
+        self._active = active
+        self._views = None
+
+    def _logits(self, name: str) -> Tensor | None:
+        """The logits of the active sets; None for a parameter without masks."""
+        if self._views is not None:
+            return self._views[0].get(name)
+        logits = self._parameters.get(f"{name}_logits")
+        if logits is None or self._active is None or self._active[1] == logits.shape[0]:
+            return logits
+        return logits[self._active[0] : sum(self._active)]
+
+    def _seed(self) -> Tensor:
+        """One seed for each active set."""
+        if self._views is not None:
+            return self._views[1]
+        sets = self.sets if self._active is None else self._active[1]
+        if self.seed is None:
+            low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+            device = self.logits_of(self.masked[0]).device
+            return torch.randint(low, high, (sets,), device=device)
+        if self._active is not None and sets != self.seed.shape[0]:
+            return self.seed.narrow(0, self._active[0], sets)
+        return self.seed
+
+    def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        # conversions of dtype are for the weights: a logit of 2 + lr is 2 again in bfloat16
+        logits = [self.logits_of(name) for name in self.masked]
+        exempt = {id(p) for p in logits} | {id(p.grad) for p in logits if p.grad is not None}
+
+        def apply(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if id(tensor) in exempt and out.dtype != tensor.dtype:
+                return tensor.to(out.device)
+            return out
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._views = None
+
+    def _mask_repr(self) -> str:
+        """The sets, and the options that are not at their defaults."""
+        shown = [f"sets={list(self.set_names)}", f"samples={self.samples}"]
+        if self.tau != 1.0:
+            shown.append(f"tau={self.tau}")
+        if "bias" in self.masked:
+            shown.append("mask_bias=True")
+        if self._mode is not None:
+            shown.append(f"mode={self._mode!r}")
+        return ", ".join(shown)
+
+
+class MaskedWeightAndBias(MaskedModule):
+    """A masked module with a weight and, maybe, a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_logits: nn.Parameter
+    bias_logits: nn.Parameter | None
+
+    def _mask_weight(
+        self,
+        mask_bias: bool,
+        sets: int | Sequence[str],
+        samples: int,
+        tau: float,
+        init: float,
+        tensor_id: int,
+    ) -> None:
+        masked = ("weight", "bias") if mask_bias and self.bias is not None else ("weight",)
+        self._add_masks(masked, sets, samples, tau, init, tensor_id)
+        if "bias" not in masked:
+            self.register_parameter("bias_logits", None)
+
+    def _adopt(self, module: nn.Module, **options: Any) -> None:
+        """Take over the Parameters of a plain layer, frozen, under masks with these options."""
+        self.register_parameter("weight", module._parameters["weight"])
+        self.register_parameter("bias", module._parameters["bias"])
+        self._mask_weight(**options)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        self.train(module.training)
+
+    @property
+    def tensor_id(self) -> int:
+        """The number of the weight in its model."""
+        return self.tensor_ids["weight"]
+
+    @tensor_id.setter
+    def tensor_id(self, number: int) -> None:
+        self.tensor_ids["weight"] = number
+
+    @property
+    def bias_tensor_id(self) -> int:
+        """The number of the bias in its model."""
+        return self.tensor_ids.get("bias", self.tensor_id + 1)
+
+    @bias_tensor_id.setter
+    def bias_tensor_id(self, number: int) -> None:
+        self.tensor_ids["bias"] = number
+
+    def _draw(self) -> dict[str, Any]:
+        """The arguments of an operation that say which masks it draws."""
+        mode = self.effective_mode
+        return {
+            "seed": None if mode == "threshold" else self._seed(),
+            "tensor_id": self.tensor_id,
+            "bias_tensor_id": self.bias_tensor_id,
+            "sample_offset": self.sample_offset,
+            "samples": self.samples,
+            "tau": self.tau,
+            "hard": mode != "soft",
+        }

@@ -1,0 +1,294 @@
+"""What the operations share that multiply with a masked weight.
+
+All have the operands x, weight, logits, bias, bias_logits and seed, in this order, then options of
+their own, then what says which masks are drawn. The backward operation takes the gradient of the
+result first, and last which of the five gradients are needed; the others come back empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from . import _check, _library
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_OPERANDS = (
+    "Tensor x, Tensor weight, Tensor logits, Tensor? bias, Tensor? bias_logits, Tensor? seed"
+)
+_DRAW = (
+    "int tensor_id, int bias_tensor_id, SymInt sample_offset, SymInt element_offset, "
+    "int samples, float tau, bool hard"
+)
+_NEEDS = "bool need_x, bool need_weight, bool need_logits, bool need_bias, bool need_bias_logits"
+
+
+class MaskedProduct:
+    """A registered operation `y = product(x, weight * mask) + bias` with its gradient.
+
+    Args:
+        name: of the operation; its backward is `<name>_backward`.
+        options: schema of the arguments between `seed` and `tensor_id`, each with a comma after it.
+        reference: the operation in plain PyTorch, arguments in the order of the schema.
+        shape: the shape of the result, from the same arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: str,
+        reference: Callable[..., Tensor],
+        shape: Callable[..., Sequence[int]],
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        _library.define(f"{name}({_OPERANDS}, {options}{_DRAW}) -> Tensor", reference)
+        _library.define(
+            f"{name}_backward(Tensor dy, {_OPERANDS}, {options}{_DRAW}, {_NEEDS}) "
+            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+            self._backward_reference,
+        )
+
+        @_library.fake(name)
+        def forward_fake(x: Tensor, *rest: Any) -> Tensor:
+            return x.new_empty(shape(x, *rest))
+
+        _library.fake(f"{name}_backward")(_backward_fake)
+
+        self._operation = getattr(torch.ops.modmask, name).default
+        self._traced = _library.differentiable(name, _setup_context, self._backward)
+        self._differentiate = _library.differentiable_once(f"{name}_backward")
+        self._eager = self._make_function()
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """The operation, by the quickest way that serves the first argument, x."""
+        y: Tensor
+        if not uses_kernel(arguments[0]):
+            y = self.reference(*arguments)
+        elif _library.traced():
+            y = self._traced(*arguments)
+        elif torch.is_grad_enabled():
+            y = self._eager(*arguments)
+        else:
+            y = self._below_autograd(*arguments)
+        return y
+
+    def _below_autograd(self, *arguments: Any) -> Tensor:
+        # the registered gradient looks at every call, even of one that needs none
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = self._operation(*arguments)
+        return y
+
+    def _backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:5]
+        grads = self._differentiate(dy, *ctx.saved_tensors, *ctx.rest, *needs)
+        return (
+            *(g if need else None for g, need in zip(grads, needs, strict=True)),
+            *(None,) * (1 + len(ctx.rest)),
+        )
+
+    def _make_function(self) -> Callable[..., Tensor]:
+        product = self
+
+        class Function(torch.autograd.Function):
+            """The registered gradient without the generic machinery, dearer than a small layer."""
+
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Tensor:
+                ctx.save_for_backward(*inputs[:6])
+                ctx.rest = inputs[6:]
+                return product._below_autograd(*inputs)
+
+            @staticmethod
+            def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+                if torch.is_grad_enabled():  # create_graph: the registered operation refuses
+                    return product._backward(ctx, dy)
+                with torch._C._AutoDispatchBelowAutograd():
+                    return product._backward(ctx, dy)
+
+        apply: Callable[..., Tensor] = Function.apply
+        return apply
+
+    def _backward_reference(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        given, rest, needs = arguments[:5], arguments[5:-5], arguments[-5:]
+        with torch.enable_grad():
+            leaves: list[Any] = [
+                None if t is None else t.detach().requires_grad_(need)
+                for t, need in zip(given, needs, strict=True)
+            ]
+            y = self.reference(*leaves, *rest)
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
+        return tuple(next(grads) if need else dy.new_empty(0) for need in needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest = inputs[6:]
+
+
+def _backward_fake(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    likes, needs = arguments[:5], arguments[-5:]
+    weight, logits = arguments[1], arguments[2]
+    return tuple(
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        if need and like is not None
+        else (weight if i < 4 and i != 2 else logits).new_empty(0)
+        for i, (like, need) in enumerate(zip(likes, needs, strict=True))
+    )
+
+
+def uses_kernel(x: Tensor) -> bool:
+    """Whether the compiled kernels serve an input like `x`."""
+    return x.device.type in ("cpu", "meta") and x.dtype in FUSED_DTYPES and _native.enabled()
+
+
+def explain(x: Tensor) -> tuple[str, str]:
+    """The backend that serves an input like `x` (`cpu` or `reference`), and why."""
+    if uses_kernel(x):
+        return "cpu", f"compiled kernels, capability {_native.capability()}"
+    if _native.FORCED_BACKEND == "reference":
+        return "reference", "MODMASK_BACKEND=reference"
+    if not _native.available():
+        return "reference", f"the compiled kernels are absent: {_native.LOAD_ERROR}"
+    if x.dtype not in FUSED_DTYPES:
+        return "reference", f"no fused kernel for {x.dtype}"
+    return "reference", f"no fused kernel for device {x.device.type}"
+
+
+def fits(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    samples: int,
+) -> bool:
+    """Whether all operands plainly fit a batch in the first dimension, except x the weight.
+
+    False asks for a close look.
+    """
+    device, dtype = x.device, x.dtype
+    shape = weight.shape
+    lead = logits.shape[: -len(shape)]  # () or (sets,)
+    sets = lead.numel()
+    return (
+        len(lead) < 2
+        and sets > 0
+        and logits.shape == (*lead, *shape)
+        and logits.dtype is torch.float32
+        and logits.device == device
+        and weight.dtype is dtype
+        and dtype in FUSED_DTYPES
+        and weight.device == device
+        and (
+            bias is None
+            or (bias.shape == shape[:1] and bias.dtype is dtype and bias.device == device)
+        )
+        and (
+            bias_logits is None
+            or (
+                bias is not None
+                and bias_logits.shape == (*lead, shape[0])
+                and bias_logits.dtype is torch.float32
+                and bias_logits.device == device
+            )
+        )
+        and (
+            seed is None
+            or (
+                isinstance(seed, Tensor)
+                and seed.dtype is torch.int64
+                and (seed.dim() == 0 or seed.shape == (sets,))
+                and seed.device == device
+            )
+        )
+        and x.shape[0] % (sets * (1 if seed is None else samples)) == 0
+    )
+
+
+def check_parameters(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+) -> int:
+    """Raise unless shapes of everything but x, all dtypes and devices fit; the number of sets."""
+    dims = weight.dim()
+    if logits.dim() == dims:
+        logits = logits.unsqueeze(0)
+    if bias_logits is not None and bias_logits.dim() == 1:
+        bias_logits = bias_logits.unsqueeze(0)
+    _check.check_seed(seed, logits.shape[0] if logits.dim() == dims + 1 else None, x, "x")
+    if logits.dim() != dims + 1 or logits.shape[1:] != weight.shape or logits.shape[0] < 1:
+        shape = ", ".join(str(n) for n in weight.shape)
+        raise ValueError(
+            f"logits must have shape [{shape}] or [sets, {shape}] like weight, "
+            f"not {_check.shape_of(logits)}"
+        )
+    sets, out = logits.shape[0], weight.shape[0]
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias must have shape [{out}], not {_check.shape_of(bias)}")
+    if bias_logits is not None:
+        if bias is None:
+            raise ValueError("bias_logits came without a bias")
+        if bias_logits.shape != (sets, out):
+            raise ValueError(
+                f"bias_logits must have shape [{out}] or [{sets}, {out}], "
+                f"not {_check.shape_of(bias_logits)}"
+            )
+    if not x.is_floating_point():
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    for t, name in ((weight, "weight"), (bias, "bias")):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, not {t.dtype}")
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for t, name in ((logits, "logits"), (bias_logits, "bias_logits")):
+        if t is not None and t.dtype not in (torch.float32, wanted):
+            raise TypeError(f"{name} must be float32, not {t.dtype}")
+    for t, name in (
+        (weight, "weight"),
+        (logits, "logits"),
+        (bias, "bias"),
+        (bias_logits, "bias_logits"),
+    ):
+        if t is not None:
+            _check.check_device(t, name, x, "x")
+    return sets
+
+
+def check_batch(x: Tensor, dim: int, sets: int, samples: int) -> None:
+    """Raise unless the batch of x divides into sets * samples groups."""
+    groups = sets * samples
+    if x.shape[dim] % groups:
+        raise ValueError(
+            f"the batch of x, {x.shape[dim]} (dimension {dim} of {_check.shape_of(x)}), does not "
+            f"divide into {sets} sets * {samples} samples = {groups} equal groups"
+        )
+
+
+def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x, weight and bias in the dtype of autocast, where that is on; logits never come here."""
+    x = tensors[0]
+    assert x is not None
+    if not _library.autocasts(x):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def number_of_bias(tensor_id: int, bias_tensor_id: int | None) -> int:
+    """The number of the bias in the noise: the one given, checked, or that after the weight's."""
+    if bias_tensor_id is None:
+        return (tensor_id + 1) % 2**32
+    if not 0 <= bias_tensor_id < 2**32:
+        raise ValueError(f"bias_tensor_id must be in [0, 2**32), not {bias_tensor_id}")
+    return bias_tensor_id
