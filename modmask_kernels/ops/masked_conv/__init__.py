@@ -1,0 +1,361 @@
+"""`masked_conv1d` and `masked_conv2d`: sampling, masking and the convolution in one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import _check
+from .._masked_product import (
+    MaskedProduct,
+    check_batch,
+    check_parameters,
+    fits,
+    lowered,
+    number_of_bias,
+)
+from . import reference
+
+__all__ = ["masked_conv1d", "masked_conv2d"]
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tensor_id: int,
+    bias_tensor_id: int,
+    sample_offset: int,
+    element_offset: int,
+    samples: int,
+    tau: float,
+    hard: bool,
+) -> Tensor:
+    return reference.masked_conv2d(
+        x,
+        weight,
+        logits,
+        bias,
+        bias_logits,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        seed=seed,
+        tensor_id=tensor_id,
+        bias_tensor_id=bias_tensor_id,
+        sample_offset=sample_offset,
+        element_offset=element_offset,
+        samples=samples,
+        tau=tau,
+        hard=hard,
+    )
+
+
+def _rooms(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """By how much the padded input exceeds the kernel in each spatial dimension."""
+    return [
+        x.shape[2 + d]
+        + padding[2 * d]
+        + padding[2 * d + 1]
+        - dilation[d] * (weight.shape[2 + d] - 1)
+        - 1
+        for d in range(2)
+    ]
+
+
+def _shape(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *_: Any,
+) -> tuple[int, ...]:
+    rooms = _rooms(x, weight, padding, dilation)
+    sizes = (room // step + 1 for room, step in zip(rooms, stride, strict=True))
+    return (x.shape[0], weight.shape[0], *sizes)
+
+
+_product = MaskedProduct(
+    "masked_conv",
+    "int[] stride, int[] padding, int[] dilation, int groups, ",
+    _reference,
+    _shape,
+)
+
+
+def _numbers(value: int | Sequence[int], dims: int, name: str, least: int) -> list[int]:
+    """One number per spatial dimension."""
+    numbers = [value] * dims if isinstance(value, int) else list(value)
+    if len(numbers) == 1:
+        numbers = numbers * dims
+    if len(numbers) != dims or any(isinstance(n, bool) or int(n) != n for n in numbers):
+        raise ValueError(f"{name} must be one integer or {dims}, not {value!r}")
+    if any(n < least for n in numbers):
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+    return numbers
+
+
+def _paddings(
+    padding: int | str | Sequence[int],
+    dims: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Zeros before and after each spatial dimension."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0] * (2 * dims)
+        if padding != "same":
+            raise ValueError(f"padding must be numbers, 'valid' or 'same', not {padding!r}")
+        if any(s != 1 for s in stride):
+            raise ValueError(f"padding='same' needs a stride of 1, not {tuple(stride)}")
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [n for total in totals for n in (total // 2, total - total // 2)]
+    return [n for n in _numbers(padding, dims, "padding", 0) for _ in range(2)]
+
+
+def _masked_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    seed: Tensor | None,
+    tensor_id: int,
+    bias_tensor_id: int | None,
+    sample_offset: int,
+    element_offset: int,
+    samples: int,
+    tau: float,
+    hard: bool,
+) -> Tensor:
+    _check.check_tensors(x=x, weight=weight, logits=logits)
+    x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
+    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    spatial = "length" if dims == 1 else "height, width"
+    if weight.dim() != 2 + dims:
+        raise ValueError(
+            f"weight must have shape [out, in / groups, *kernel] with {dims} kernel dimensions, "
+            f"not {_check.shape_of(weight)}"
+        )
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be at least 1, not {groups!r}")
+    unbatched = x.dim() == 1 + dims
+    if unbatched:
+        x = x.unsqueeze(0)
+    if x.dim() != 2 + dims or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"x must have shape [batch, {weight.shape[1] * groups}, {spatial}] to fit weight "
+            f"{_check.shape_of(weight)} and groups={groups}, not {_check.shape_of(x)}"
+        )
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"groups={groups} does not divide the {weight.shape[0]} output channels of weight"
+        )
+    kernel = weight.shape[2:]
+    if weight.shape[1] == 0 or any(n == 0 for n in kernel):
+        raise ValueError(f"weight must not have a size of 0, got {_check.shape_of(weight)}")
+    stride = _numbers(stride, dims, "stride", 1)
+    dilation = _numbers(dilation, dims, "dilation", 1)
+    padding = _paddings(padding, dims, kernel, stride, dilation)
+    if not fits(x, weight, logits, bias, bias_logits, seed, samples):
+        sets = check_parameters(x, weight, logits, bias, bias_logits, seed)
+        check_batch(x, 0, sets, 1 if seed is None else samples)
+    if dims == 1:
+        stride, dilation, padding = [1, *stride], [1, *dilation], [0, 0, *padding]
+        x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)
+    for d, room in enumerate(_rooms(x, weight, padding, dilation)):
+        if room < 0:
+            raise ValueError(
+                f"x is smaller than the kernel: {x.shape[2 + d]} with padding "
+                f"{padding[2 * d]} + {padding[2 * d + 1]}, but the kernel needs "
+                f"{dilation[d] * (weight.shape[2 + d] - 1) + 1}"
+            )
+    y = _product(
+        x,
+        weight,
+        logits,
+        bias,
+        bias_logits,
+        seed,
+        stride,
+        padding,
+        dilation,
+        groups,
+        tensor_id,
+        number_of_bias(tensor_id, bias_tensor_id),
+        sample_offset,
+        element_offset,
+        samples,
+        tau,
+        hard,
+    )
+    if dims == 1:
+        y = y.squeeze(2)
+    return y.squeeze(0) if unbatched else y
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    bias_logits: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    seed: Tensor | None = None,
+    tensor_id: int = 0,
+    bias_tensor_id: int | None = None,
+    sample_offset: int = 0,
+    element_offset: int = 0,
+    samples: int = 1,
+    tau: float = 1.0,
+    hard: bool = True,
+) -> Tensor:
+    r"""2d convolution whose weight is masked anew for every group of the batch.
+
+    The batch is cut into `sets * samples` equal, contiguous groups; group `set * samples + sample`
+    is convolved with the weight masked by that sample of that set. Masks are sampled from
+    `logits` (Gumbel-sigmoid, one uniform per weight; Csordás et al. 2020, section 2), binarised,
+    applied and multiplied tile by tile: neither a masked weight nor the patches of the input ever
+    exist as a whole, and the backward pass regenerates the masks from the seed. Forward is pure:
+    equal arguments give equal bits.
+
+    Args:
+        x: `[batch, in, height, width]`, or `[in, height, width]` for a single image; float32,
+            bfloat16, float16 (fused on the CPU) or float64 (reference).
+        weight: `[out, in / groups, kernel height, kernel width]`, dtype of `x`.
+        logits: like `weight` or `[sets, *weight.shape]`, float32 (float64 beside float64 `x`). A
+            weight is kept with probability `sigmoid(logit)`.
+        bias: `[out]`, dtype of `x`.
+        bias_logits: `[out]` or `[sets, out]`; masks the bias likewise.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding also as
+            "valid" or "same".
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard: as in
+            `masked_linear`.
+
+    Returns:
+        `[batch, out, height, width]`, dtype of `x`.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit; a batch that does not divide.
+        TypeError: dtypes that do not fit.
+
+    Under autocast `x`, `weight` and `bias` are cast, logits never. Gradients: `x`, `weight`,
+    `logits`, `bias`, `bias_logits`; there is no second derivative.
+
+    Equivalent to::
+
+        masks = sample_mask(logits, seed=seed, samples=samples, tau=tau, hard=hard)
+        parts = x.chunk(sets * samples)
+        y = [F.conv2d(parts[s * samples + k], weight * masks[k, s], bias, stride, padding,
+                      dilation, groups)
+             for s in range(sets) for k in range(samples)]
+        return torch.cat(y)
+    """
+    return _masked_conv(
+        2,
+        x,
+        weight,
+        logits,
+        bias,
+        bias_logits,
+        stride,
+        padding,
+        dilation,
+        groups,
+        seed,
+        tensor_id,
+        bias_tensor_id,
+        sample_offset,
+        element_offset,
+        samples,
+        tau,
+        hard,
+    )
+
+
+def masked_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    bias_logits: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    seed: Tensor | None = None,
+    tensor_id: int = 0,
+    bias_tensor_id: int | None = None,
+    sample_offset: int = 0,
+    element_offset: int = 0,
+    samples: int = 1,
+    tau: float = 1.0,
+    hard: bool = True,
+) -> Tensor:
+    """`masked_conv2d` in one dimension.
+
+    Args:
+        x: `[batch, in, length]` or `[in, length]`. weight: `[out, in / groups, kernel]`.
+        logits, bias, bias_logits: as in `masked_conv2d`.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv1d`.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard: as in
+            `masked_linear`.
+
+    Returns:
+        `[batch, out, length]`, dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: as `masked_conv2d`.
+
+    Equivalent to::
+
+        y = masked_conv2d(x[:, :, None], weight[:, :, None], logits[..., None, :], bias, ...)
+        return y[:, :, 0]
+    """
+    return _masked_conv(
+        1,
+        x,
+        weight,
+        logits,
+        bias,
+        bias_logits,
+        stride,
+        padding,
+        dilation,
+        groups,
+        seed,
+        tensor_id,
+        bias_tensor_id,
+        sample_offset,
+        element_offset,
+        samples,
+        tau,
+        hard,
+    )
