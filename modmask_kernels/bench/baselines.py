@@ -63,6 +63,40 @@ def naive_masked_linear(
     return y.view(x.shape[0], -1)
 
 
+def naive_masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    samples: int,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    """Masked convolution as it is usually written: all masks at once in a grouped convolution.
+
+    Args:
+        x: `[batch, in, height, width]`; part k of `samples` equal parts meets mask k.
+        weight, logits: `[out, in / groups, kernel, kernel]`.
+        bias: `[out]` or None, not masked.
+        samples: number of masks; must divide the batch.
+        stride, padding, groups: of the convolution.
+
+    Returns:
+        `[batch, out, height, width]`.
+    """
+    masked = weight * gumbel_sigmoid(logits, samples)
+    if samples == 1:
+        return F.conv2d(
+            x, masked[0] if masked.dim() > 4 else masked, bias, stride, padding, 1, groups
+        )
+    parts = x.view(samples, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+    repeated = None if bias is None else bias.repeat(samples)
+    y = F.conv2d(parts, masked.flatten(0, 1), repeated, stride, padding, 1, samples * groups)
+    return y.view(y.shape[0], samples, -1, *y.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+
 def compiled_naive_masked_linear() -> Callable[..., Tensor]:
     """`naive_masked_linear` under `torch.compile`, specialised to the shapes it is called with."""
     torch._dynamo.reset()

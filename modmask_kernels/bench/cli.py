@@ -13,7 +13,7 @@ import torch
 
 from .. import _native, report
 from ..files import read_json, write_json, write_text
-from . import linear, machine, memory, step, tables
+from . import conv, linear, machine, memory, step, tables
 from .figure import figure_of
 from .verify import GateError
 
@@ -21,6 +21,7 @@ SUITES: dict[str, Callable[..., list[Any]]] = {
     "linear": linear.run,
     "memory": memory.run,
     "step": step.run,
+    "conv": conv.run,
 }
 
 _FORMAT = 1
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     out = argparse.ArgumentParser(
         prog="modmask bench",
-        description="Time the masked linear layer, its memory and a whole mask-learning step "
+        description="Time the masked layers, their memory and a whole mask-learning step "
         "against plain layers, naive masking (eager and compiled) and NeuroSurgeon. Every "
         "candidate is checked before it is timed; all are timed turn by turn in one process.",
         epilog="The full table takes about a quarter of an hour on two cores. Close other "
@@ -40,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "--suite",
         choices=(*SUITES, "all"),
         default="all",
-        help="linear: the layer; memory: its peak extra memory; step: a learning step [all]",
+        help="linear: the linear layer; memory: its peak extra memory; step: a learning step; "
+        "conv: the convolution [all]",
     )
     out.add_argument("--quick", action="store_true", help="few rows and rounds, a few minutes")
     out.add_argument(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..report.page import Figure
-from .tables import Results, Row, linear_label
+from .tables import Results, Row, conv_label, linear_label
 
 # shape and colour both tell the series apart
 _SERIES = {
@@ -33,6 +33,11 @@ def _time_panel(results: Results) -> _Panel | None:
         targets.append(row["target"])
     for row in results.get("step", []):
         labels.append(f"learning step, {row['size']}")
+        naive = row["naive_ratio_to_plain"]["value"]
+        points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
+        targets.append(row["target"])
+    for row in results.get("conv", []):
+        labels.append(f"convolution, {conv_label(row)}")
         naive = row["naive_ratio_to_plain"]["value"]
         points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
         targets.append(row["target"])

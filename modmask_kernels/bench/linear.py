@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from .verify import (
     Problem,
     check_distribution,
     check_finite,
-    check_masked_linear,
+    check_fused,
     check_packed_masks,
 )
 
@@ -93,22 +92,16 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def plain_step(problem: Problem) -> Callable[[], Tensor]:
-    """`F.linear` with a trainable weight and the same fixed bias."""
+    """The plain layer with a trainable weight and the same fixed bias."""
     x, weight = _leaf(problem.x), _leaf(problem.weight)
-    return _step(lambda: F.linear(x, weight, problem.bias), (x, weight), problem.grad)
+    return _step(lambda: problem.plain(x, weight, problem.bias), (x, weight), problem.grad)
 
 
 def fused_step(problem: Problem) -> Callable[[], Tensor]:
-    """`ops.masked_linear` with a fixed weight and trainable logits."""
+    """The fused operation with a fixed weight and trainable logits."""
     x, logits = _leaf(problem.x), _leaf(problem.logits)
     seeds = itertools.cycle([torch.tensor(seed) for seed in range(_SEEDS)])
-
-    def forward() -> Tensor:
-        return ops.masked_linear(
-            x, problem.weight, logits, problem.bias, seed=next(seeds), samples=problem.samples
-        )
-
-    return _step(forward, (x, logits), problem.grad)
+    return _step(lambda: problem.fused(x, logits, next(seeds)), (x, logits), problem.grad)
 
 
 def naive_step(
@@ -282,7 +275,7 @@ def run_case(
         GateError: a candidate is wrong; nothing is timed then.
     """
     problem = Problem.random(case.out_features, case.in_features, case.batch, case.samples)
-    error_shares = check_masked_linear(ops.masked_linear, problem)
+    error_shares = check_fused(problem)
     check_packed_masks(ops.sample_mask_packed, problem.logits, problem.samples)
 
     functions: dict[str, Callable[[], object]] = {

@@ -198,10 +198,55 @@ def _step_table(rows: Sequence[Row]) -> Table:
     )
 
 
+def conv_label(row: Row) -> str:
+    """Name of a row of the convolution suite."""
+    options = [f"kernel {row['kernel']}"]
+    options += [f"stride {row['stride']}"] if row["stride"] != 1 else []
+    options += [f"{row['groups']} groups"] if row["groups"] != 1 else []
+    return (
+        f"{row['in_channels']} to {row['out_channels']}, {row['size']}x{row['size']}, "
+        f"{', '.join(options)}; {row['batch']}, {row['samples']}"
+    )
+
+
+def _conv_table(rows: Sequence[Row]) -> Table:
+    return Table(
+        caption="masked_conv2d, forward and backward, float32: times as long as the plain layer",
+        header=[
+            "channels, images, options; batch, samples",
+            "plain, ms",
+            "fused, ms",
+            "fused (p20-p80)",
+            "target",
+            "verdict",
+            "naive",
+            "fused / naive",
+            "at most 1.05",
+        ],
+        rows=[
+            [
+                conv_label(row),
+                _ms(row["seconds"]["plain"]["median"]),
+                _ms(row["seconds"]["fused"]["median"]),
+                _spread(row["ratio_to_plain"]),
+                _times(row["target"]),
+                row["verdict"],
+                _times(row["naive_ratio_to_plain"]["value"]),
+                _times(row["ratio_to_naive"]["value"]),
+                row["verdict_naive"],
+            ]
+            for row in rows
+        ],
+        note="Plain: F.conv2d with a trainable weight and the same fixed bias. Naive: all masked "
+        "weights as a tensor, in one grouped convolution. Ratios as above.",
+    )
+
+
 _TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
     "linear": (_linear_table, _faster_table, _floor_table),
     "memory": (_memory_table,),
     "step": (_step_table,),
+    "conv": (_conv_table,),
 }
 
 

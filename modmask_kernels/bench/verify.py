@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
+from ..ops.masked_conv import reference as conv_reference
 from ..ops.masked_linear import reference as linear_reference
 from ..ops.sample_mask import reference as mask_reference
 
@@ -33,16 +37,14 @@ class Problem:
     grad: Tensor
     samples: int
 
+    operation: ClassVar[str] = "masked_linear"
+
     @staticmethod
     def random(
         out_features: int, in_features: int, batch: int, samples: int, *, seed: int = 0
     ) -> Problem:
         """Standard normal activations, weights of a freshly made layer, logits around 2."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
+        normal = _normal(seed)
         return Problem(
             x=normal(batch, in_features),
             weight=normal(out_features, in_features) / math.sqrt(in_features),
@@ -51,6 +53,106 @@ class Problem:
             grad=normal(batch, out_features),
             samples=samples,
         )
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without masks."""
+        return F.linear(x, weight, bias)
+
+    def fused(self, x: Tensor, logits: Tensor, seed: Tensor) -> Tensor:
+        """The fused operation."""
+        return ops.masked_linear(x, self.weight, logits, self.bias, seed=seed, samples=self.samples)
+
+    def reference(self, x: Tensor, logits: Tensor, seed: Tensor) -> Tensor:
+        """The reference beside it, in the dtype of x."""
+        return linear_reference.masked_linear(
+            x,
+            self.weight.to(x.dtype),
+            logits,
+            self.bias.to(x.dtype),
+            seed=seed,
+            samples=self.samples,
+        )
+
+
+@dataclass(frozen=True)
+class ConvProblem(Problem):
+    """Inputs of one masked convolution: x and grad are images, weight and logits kernels."""
+
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+    operation: ClassVar[str] = "masked_conv2d"
+
+    @staticmethod
+    def random_images(
+        out_channels: int,
+        in_channels: int,
+        size: int,
+        batch: int,
+        samples: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        seed: int = 0,
+    ) -> ConvProblem:
+        """Square images of `size`, padded so that a stride of 1 keeps the size."""
+        normal = _normal(seed)
+        shape = (out_channels, in_channels // groups, kernel, kernel)
+        out_size = (size + 2 * (kernel // 2) - kernel) // stride + 1
+        return ConvProblem(
+            x=normal(batch, in_channels, size, size),
+            weight=normal(*shape) / math.sqrt(math.prod(shape[1:])),
+            bias=normal(out_channels),
+            logits=2.0 + normal(*shape),
+            grad=normal(batch, out_channels, out_size, out_size),
+            samples=samples,
+            stride=stride,
+            padding=kernel // 2,
+            groups=groups,
+        )
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without masks."""
+        return F.conv2d(x, weight, bias, self.stride, self.padding, 1, self.groups)
+
+    def fused(self, x: Tensor, logits: Tensor, seed: Tensor) -> Tensor:
+        """The fused operation."""
+        return ops.masked_conv2d(
+            x,
+            self.weight,
+            logits,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+            seed=seed,
+            samples=self.samples,
+        )
+
+    def reference(self, x: Tensor, logits: Tensor, seed: Tensor) -> Tensor:
+        """The reference beside it, in the dtype of x."""
+        return conv_reference.masked_conv2d(
+            x,
+            self.weight.to(x.dtype),
+            logits,
+            self.bias.to(x.dtype),
+            stride=(self.stride,) * 2,
+            padding=(self.padding,) * 4,
+            groups=self.groups,
+            seed=seed,
+            samples=self.samples,
+        )
+
+
+def _normal(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return normal
 
 
 def _outputs(
@@ -63,17 +165,20 @@ def _outputs(
     return {"y": y.detach(), "grad_x": grad_x, "grad_logits": grad_logits}
 
 
-def check_masked_linear(
-    function: Callable[..., Tensor], problem: Problem, *, seed: int = 7
+def check_fused(
+    problem: Problem,
+    function: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    *,
+    seed: int = 7,
 ) -> dict[str, float]:
-    """Compares a fused `masked_linear` with the reference in float64.
+    """Compares a fused operation with its reference in float64.
 
     The error of each result must be at most twice that of the reference in float32, plus one unit
     in the last place of the largest entry.
 
     Args:
-        function: called as `ops.masked_linear` is.
         problem: the inputs.
+        function: called with x, logits and seed in place of `problem.fused`.
         seed: seed of the noise.
 
     Returns:
@@ -83,19 +188,13 @@ def check_masked_linear(
         GateError: an error is larger than allowed, or not a number.
     """
     key = torch.tensor(seed)
+    candidate = function or problem.fused
 
     def reference(x: Tensor, logits: Tensor) -> Tensor:
-        return linear_reference.masked_linear(
-            x,
-            problem.weight.to(x.dtype),
-            logits,
-            problem.bias.to(x.dtype),
-            seed=key,
-            samples=problem.samples,
-        )
+        return problem.reference(x, logits, key)
 
     def fused(x: Tensor, logits: Tensor) -> Tensor:
-        return function(x, problem.weight, logits, problem.bias, seed=key, samples=problem.samples)
+        return candidate(x, logits, key)
 
     inputs = (problem.x, problem.logits, problem.grad)
     exact = _outputs(reference, *(tensor.double() for tensor in inputs))
@@ -110,7 +209,7 @@ def check_masked_linear(
         # written so that an error that is not a number fails
         if not error <= allowed:
             raise GateError(
-                f"masked_linear, {name}: error {error:.3g}, allowed {allowed:.3g} "
+                f"{problem.operation}, {name}: error {error:.3g}, allowed {allowed:.3g} "
                 f"(largest entry {largest:.3g})"
             )
         shares[name] = error / allowed if allowed else 0.0
@@ -153,8 +252,9 @@ def check_distribution(
         if not bool(torch.isfinite(values).all()):
             raise GateError(f"{name}, {result}: not finite")
     keep = torch.sigmoid(problem.logits)
-    mean = problem.x @ (problem.weight * keep).t() + problem.bias
-    variance = problem.x.square() @ (problem.weight.square() * keep * (1 - keep)).t()
+    mean = problem.plain(problem.x, problem.weight * keep, problem.bias)
+    spread = problem.weight.square() * keep * (1 - keep)
+    variance = problem.plain(problem.x.square(), spread, None)
     if got["y"].shape != mean.shape:
         raise GateError(f"{name}: output of shape {tuple(got['y'].shape)}, not {tuple(mean.shape)}")
     z = (got["y"] - mean) / variance.sqrt()
@@ -168,7 +268,9 @@ def check_distribution(
     most = torch.zeros_like(problem.weight)
     parts = zip(problem.grad.chunk(problem.samples), problem.x.chunk(problem.samples), strict=True)
     for grad, x in parts:
-        most += (problem.weight * (grad.t() @ x)).abs() / 4.0
+        weight = problem.weight.detach().requires_grad_()
+        (products,) = torch.autograd.grad(problem.plain(x, weight, None), weight, grad)
+        most += (problem.weight * products).abs() / 4.0
     excess = float((got["grad_logits"].abs() - most).max())
     if excess > 1e-5 * float(most.max()):
         raise GateError(f"{name}: a gradient of a logit is {excess:.3g} larger than it can be")

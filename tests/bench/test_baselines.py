@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from modmask_kernels.bench import baselines
@@ -41,6 +42,24 @@ def test_naive_masked_linear_cuts_the_batch_into_parts(samples: int) -> None:
     masks = baselines.gumbel_sigmoid(logits, samples).view(samples, 3, 5)
     parts = [
         part @ (weight * mask).t() + bias
+        for part, mask in zip(x.chunk(samples), masks, strict=True)
+    ]
+    torch.testing.assert_close(y, torch.cat(parts))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_naive_masked_conv2d_cuts_the_batch_into_parts(samples: int, groups: int) -> None:
+    x = torch.randn(8, 6, 5, 7, dtype=torch.float64)
+    weight = torch.randn(9, 6 // groups, 3, 3, dtype=torch.float64)
+    logits, bias = torch.randn_like(weight), torch.randn(9, dtype=torch.float64)
+    options = {"stride": 2, "padding": 1, "groups": groups}
+    torch.manual_seed(1)
+    y = baselines.naive_masked_conv2d(x, weight, logits, bias, samples, **options)
+    torch.manual_seed(1)
+    masks = baselines.gumbel_sigmoid(logits, samples).view(samples, *logits.shape)
+    parts = [
+        F.conv2d(part, weight * mask, bias, **options)
         for part, mask in zip(x.chunk(samples), masks, strict=True)
     ]
     torch.testing.assert_close(y, torch.cat(parts))

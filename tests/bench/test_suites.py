@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modmask_kernels import bench, cli, ops
-from modmask_kernels.bench import baselines, linear, memory, step, tables
+from modmask_kernels.bench import baselines, conv, linear, memory, step, tables
 from modmask_kernels.bench import cli as bench_cli
 from modmask_kernels.bench.figure import figure_of
 from modmask_kernels.bench.verify import GateError
@@ -33,6 +33,15 @@ def linear_rows() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def step_rows() -> list[dict[str, Any]]:
     return [step.run_case(step.StepCase("mini", 8, 2), rounds=2, visit_seconds=0.0)]
+
+
+@pytest.fixture(scope="module")
+def conv_rows() -> list[dict[str, Any]]:
+    small = [
+        conv.ConvCase(6, 4, 5, 3, 8, 1, target=1.05),
+        conv.ConvCase(6, 4, 5, 3, 8, 4, stride=2, groups=2),
+    ]
+    return [conv.run_case(case, rounds=2, visit_seconds=0.0) for case in small]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +67,9 @@ def memory_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def results(linear_rows: list[Any], step_rows: list[Any], memory_rows: list[Any]) -> dict[str, Any]:
+def results(
+    linear_rows: list[Any], step_rows: list[Any], memory_rows: list[Any], conv_rows: list[Any]
+) -> dict[str, Any]:
     from modmask_kernels.bench.machine import describe
 
     return {
@@ -67,6 +78,7 @@ def results(linear_rows: list[Any], step_rows: list[Any], memory_rows: list[Any]
         "linear": linear_rows,
         "memory": memory_rows,
         "step": step_rows,
+        "conv": conv_rows,
     }
 
 
@@ -108,6 +120,23 @@ class TestTargets:
     )
     def test_verdict(self, numbers: tuple[Any, ...], words: str) -> None:
         assert linear.verdict(*numbers) == words
+
+
+class TestConv:
+    def test_every_candidate_is_timed_and_checked(self, conv_rows: list[dict[str, Any]]) -> None:
+        for row in conv_rows:
+            assert set(row["seconds"]) == {"plain", "fused", "naive"}
+            assert max(row["error_over_allowed"].values()) <= 1.0
+            shares = row["ratio_to_plain"]["value"] / row["naive_ratio_to_plain"]["value"]
+            assert row["ratio_to_naive"]["value"] == pytest.approx(shares)
+        assert conv_rows[1]["verdict"] == "no target"
+
+    def test_the_full_table_has_the_wanted_bounds(self) -> None:
+        wanted = [
+            (c.out_channels, c.samples, c.target) for c in conv.cases() if c.target is not None
+        ]
+        assert wanted == [(64, 1, 1.05), (64, 4, 1.15), (512, 1, 1.15), (512, 4, 1.5)]
+        assert conv.cases(quick=True) == [c for c in conv.cases() if c.target == 1.5]
 
 
 class TestLinear:
