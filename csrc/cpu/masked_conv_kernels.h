@@ -16,6 +16,7 @@ constexpr int64_t kConvDepth = 256;     // patch values per panel, forward
 constexpr int64_t kConvBackwardRows = 192;
 constexpr int64_t kConvBackwardDepth = 144;
 constexpr int64_t kConvPixels = 512;  // output pixels whose patches are read from one copy of x
+constexpr int64_t kConvFew = 4;       // outputs per group for which pixels fill lanes better
 constexpr int64_t kConvSum = 64;      // pixels summed in one go; the library's sums are short too
 constexpr int64_t kConvSlice = 2048;  // pixels worth drawing the masks once more for a thread
 
@@ -46,6 +47,10 @@ struct PixelBlock {
 
   int64_t pixels(const ConvProblem& p) const {
     return images * rows * p.out_size[1];
+  }
+
+  bool as_large_as(const PixelBlock& other) const {
+    return images == other.images && rows == other.rows;
   }
 };
 
@@ -232,12 +237,12 @@ class Planes {
   int64_t size_;
 };
 
-// Where each pixel of a block lies in y, from the first image and output on.
+// Where each pixel of a block lies in y, from the block's first pixel on.
 inline void find_outputs(const ConvProblem& p, const PixelBlock& block, int64_t* offsets) {
   const int64_t pixels = p.out_size[0] * p.out_size[1];
   for (int64_t n = 0; n < block.images; ++n) {
     for (int64_t i = 0; i < block.rows * p.out_size[1]; ++i) {
-      *offsets++ = n * p.outputs * pixels + block.row * p.out_size[1] + i;
+      *offsets++ = n * p.outputs * pixels + i;
     }
   }
 }
@@ -301,33 +306,39 @@ void gather(
   }
 }
 
-// to[values[v] + pixels[lane]] += panel[v][lane], the same value of all channels before the next:
-// neighbours in a kernel overlap, and a sum just stored would have to be waited for.
+// Adds panels of patches, `step` apart, to the planes they come from. The same value of all
+// channels and panels comes before the next: neighbours in a kernel overlap, and a sum just stored
+// would have to be waited for.
 inline void scatter(
-    const float* panel,
+    const float* panels,
+    int64_t step,
     const int64_t* pixels,
-    int64_t lanes,
+    int64_t count,
     const int64_t* values,
     int64_t channels,
     int64_t kernel,
-    float* to) {
-  const Run run = run_of(pixels, lanes);
-  for (int64_t i = 0; i < kernel; ++i) {
-    for (int64_t v = i; v < channels * kernel; v += kernel) {
-      const float* from = panel + v * kTileColumns;
-      float* p = to + values[v];
-      if (run == Run::kWhole) {
-        p += pixels[0];
-        store(p, load(p) + load(from));
-        store(p + kLanes, load(p + kLanes) + load(from + kLanes));
-      } else if (run == Run::kQuads) {
+    float* planes) {
+  for (int64_t v0 = 0; v0 < kernel; ++v0) {
+    for (int64_t v = v0; v < channels * kernel; v += kernel) {
+      float* to = planes + values[v];
+      const float* from = panels + v * kTileColumns;
+      for (int64_t i = 0; i < count; i += kTileColumns, from += step) {
+        const int64_t* at = pixels + i;
+        const int64_t lanes = count - i < kTileColumns ? count - i : kTileColumns;
+        const Run run = run_of(at, lanes);
+        if (run == Run::kWhole) {
+          float* p = to + at[0];
+          store(p, load(p) + load(from));
+          store(p + kLanes, load(p + kLanes) + load(from + kLanes));
+        } else if (run == Run::kQuads) {
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < kTileColumns; j += 4) {
-          add4(p + pixels[j], from + j);
-        }
-      } else {
-        for (int64_t j = 0; j < lanes; ++j) {
-          p[pixels[j]] += from[j];
+          for (int64_t j = 0; j < kTileColumns; j += 4) {
+            add4(to + at[j], from + j);
+          }
+        } else {
+          for (int64_t j = 0; j < lanes; ++j) {
+            to[at[j]] += from[j];
+          }
         }
       }
     }
@@ -408,6 +419,7 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
     TileAhead nothing_ahead{Lines(), Lines(), Lines(), 1};
 
     planes_of.find_values(panel_channels, values);
+    PixelBlock found{};  // whose pixels `starts` holds
     for (int64_t k = 0; k < spec.samples; ++k) {
       const RowMasks masks(spec, set, k, spec.tensor_id);
       const int64_t first_image = (set * spec.samples + k) * p.images;
@@ -429,7 +441,10 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
           for (int64_t b = b0; b < b1; ++b) {
             const PixelBlock block = pixels.block(b);
             const int64_t count = block.pixels(p);
-            planes_of.find_pixels(block, starts);
+            if (!block.as_large_as(found)) {
+              planes_of.find_pixels(block, starts);
+              found = block;
+            }
             for (int64_t c0 = 0; c0 < t_count; c0 += panel_channels) {
               const int64_t c_count = t_count - c0 < panel_channels ? t_count - c0 : panel_channels;
               const int64_t channel = conv_group * s.channels + t0 + c0;
@@ -502,6 +517,59 @@ inline void add_patch_products(
   }
 }
 
+// The same for a few outputs: pixels in the lanes, panels of dy as they are, `dy_step` apart, and
+// sums [o][k][lane] that are still to be added up over the lanes.
+inline void add_few_patch_products(
+    const float* patches,
+    int64_t patch_step,
+    int64_t depth,
+    const float* dy,
+    int64_t dy_step,
+    int64_t outputs,
+    int64_t panels,
+    float* sums,
+    bool first) {
+  for (int64_t o = 0; o < outputs; ++o) {
+    for_even_tiles(depth, [&](int64_t k, auto tile_rows) {
+      constexpr int kRows = decltype(tile_rows)::value;
+      vf c[kRows][2];
+      clear(c);
+      for (int64_t i = 0; i < panels; ++i) {
+        const float* d = dy + i * dy_step + o * kTileColumns;
+        const float* x = patches + i * patch_step + k * kTileColumns;
+        const vf d0 = load(d), d1 = load(d + kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          c[m][0] = fma(load(x + m * kTileColumns), d0, c[m][0]);
+          c[m][1] = fma(load(x + m * kTileColumns + kLanes), d1, c[m][1]);
+        }
+      }
+      float* to = sums + (o * depth + k) * kTileColumns;
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v, to += kLanes) {
+          store(to, first ? c[m][v] : c[m][v] + load(to));
+        }
+      }
+    });
+  }
+}
+
+// products[k][o] = sum over lanes of sums[o][k][lane]
+inline void add_lanes(
+    const float* sums, int64_t depth, int64_t outputs, float* products, int64_t step) {
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int64_t k = 0; k < depth; ++k, sums += kTileColumns) {
+      float total = 0.0f;
+      for (int64_t i = 0; i < kTileColumns; ++i) {
+        total += sums[i];
+      }
+      products[k * step + o] = total;
+    }
+  }
+}
+
 // panel[k][lane] = sum over outputs of W*M [o][k] * dy[o][lane]
 inline void multiply_columns(const BackwardTile& t, int64_t depth, const float* dy, float* panel) {
   for_even_tiles(depth, [&](int64_t k, auto tile_rows) {
@@ -554,6 +622,9 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
     const int64_t most_depth = channels.largest() * s.kernel;
     const int64_t step = spread(padded(most_depth));
     const int64_t o_step = spread(o_each);
+    const bool few = s.outputs <= kConvFew;
+    const int64_t few_size = few ? s.outputs * most_depth * kTileColumns : 0;
+    const int64_t dy_step = few ? s.outputs * kTileColumns : 0;  // from panel to panel
     const Planes planes_of(p, s, largest, channels.largest());
     // dx in float32 where that is not its type: the planes of a task's channels
     const bool own_sums = dx != nullptr && !__is_same(T, float);
@@ -578,10 +649,11 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
       const int64_t sum_size = own_sums ? images * channels.largest() * in_pixels : 0;
       const auto lease = scratch.reserve(
           8 * Scratch::need(tile_size) + Scratch::need(words_needed(step)) +
-          2 * Scratch::need(planes_of.size()) + Scratch::need(kPanels * most_depth * kTileColumns) +
-          Scratch::need(o_each * kTileColumns) + Scratch::need(kConvSum * o_step) +
-          Scratch::need(most_depth * o_step) + Scratch::need(most_depth * kTileColumns) +
-          Scratch::need(sum_size) + 2 * Scratch::need(2 * block_pixels) +
+          2 * Scratch::need(planes_of.size()) +
+          2 * Scratch::need(kPanels * most_depth * kTileColumns) +
+          Scratch::need((few ? kPanels : 1) * o_each * kTileColumns) +
+          Scratch::need(kConvSum * o_step) + Scratch::need(most_depth * o_step) +
+          Scratch::need(few_size) + Scratch::need(sum_size) + 2 * Scratch::need(2 * block_pixels) +
           Scratch::need(2 * most_depth) + Scratch::need(2 * o_each));
       BackwardTile tile;
       tile.i_count = depth;
@@ -599,10 +671,11 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
       float* planes = scratch.floats(planes_of.size());
       float* dplanes = scratch.floats(planes_of.size());
       float* patches = scratch.floats(kPanels * most_depth * kTileColumns);
-      float* dy_panel = scratch.floats(o_each * kTileColumns);
+      float* dy_panels = scratch.floats((few ? kPanels : 1) * o_each * kTileColumns);
       float* dy_turned = scratch.floats(kConvSum * o_step);  // [pixel][o]
       float* products = scratch.floats(most_depth * o_step);
-      float* dpatches = scratch.floats(most_depth * kTileColumns);
+      float* lane_sums = scratch.floats(few_size);
+      float* dpatches = scratch.floats(kPanels * most_depth * kTileColumns);
       float* sums = scratch.floats(sum_size);
       int64_t* starts = scratch.integers(block_pixels);
       int64_t* places = scratch.integers(block_pixels);
@@ -610,6 +683,7 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
       int64_t* outputs = scratch.integers(o_each);
 
       planes_of.find_values(c_count, values);
+      PixelBlock found{};  // whose pixels `starts` and `places` hold
       for (int64_t o = 0; o < o_each; ++o) {
         outputs[o] = o * s.out_pixels;
       }
@@ -647,8 +721,11 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
             for (int64_t b = 0; b < pixels.count(); ++b) {
               const PixelBlock block = pixels.block(b);
               const int64_t count = block.pixels(p);
-              planes_of.find_pixels(block, starts);
-              find_outputs(p, block, places);
+              if (!block.as_large_as(found)) {
+                planes_of.find_pixels(block, starts);
+                find_outputs(p, block, places);
+                found = block;
+              }
               if (need_outer) {
                 planes_of.fill(
                     x + (image * p.channels + channel) * in_pixels, block, c_count, planes);
@@ -656,28 +733,41 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
               if (dx != nullptr) {
                 std::fill(dplanes, dplanes + planes_of.size(), 0.0f);
               }
-              const T* dy_block = dy + ((image + block.image) * p.outputs + o0) * s.out_pixels;
+              const T* dy_block = dy + ((image + block.image) * p.outputs + o0) * s.out_pixels +
+                                  block.row * p.out_size[1];
               for (int64_t i0 = 0; i0 < count; i0 += kConvSum) {
                 const int64_t i_count = count - i0 < kConvSum ? count - i0 : kConvSum;
                 const int64_t panels = ceil_div(i_count, kTileColumns);
                 for (int64_t j = 0; j < panels; ++j) {
                   const int64_t i = i0 + j * kTileColumns;
                   const int64_t lanes = count - i < kTileColumns ? count - i : kTileColumns;
+                  float* dy_panel = dy_panels + j * dy_step;
                   gather(dy_block, places + i, lanes, outputs, tile.o_count, dy_panel);
                   if (dx != nullptr) {
-                    multiply_columns(tile, depth, dy_panel, dpatches);
-                    scatter(dpatches, starts + i, lanes, values, c_count, s.kernel, dplanes);
+                    multiply_columns(
+                        tile, depth, dy_panel, dpatches + j * most_depth * kTileColumns);
                   }
                   if (need_outer) {
                     gather(
                         planes, starts + i, lanes, values, depth,
                         patches + j * most_depth * kTileColumns);
-                    transpose(
-                        dy_panel, kTileColumns, tile.o_count, kTileColumns,
-                        dy_turned + j * kTileColumns * o_step, o_step);
+                    if (!few) {
+                      transpose(
+                          dy_panel, kTileColumns, tile.o_count, kTileColumns,
+                          dy_turned + j * kTileColumns * o_step, o_step);
+                    }
                   }
                 }
-                if (need_outer) {
+                if (dx != nullptr) {
+                  scatter(
+                      dpatches, most_depth * kTileColumns, starts + i0, i_count, values, c_count,
+                      s.kernel, dplanes);
+                }
+                if (need_outer && few) {
+                  add_few_patch_products(
+                      patches, most_depth * kTileColumns, depth, dy_panels, dy_step, tile.o_count,
+                      panels, lane_sums, b == 0 && i0 == 0);
+                } else if (need_outer) {
                   add_patch_products(
                       patches, most_depth * kTileColumns, depth, dy_turned, o_step, tile.o_count,
                       panels, products, b == 0 && i0 == 0);
@@ -689,6 +779,9 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
               }
             }
             if (need_outer) {
+              if (few) {
+                add_lanes(lane_sums, depth, tile.o_count, products, o_step);
+              }
               transpose(products, o_step, depth, tile.o_count, turned, step);
               add_sample(tile, turned, d.dlogits != nullptr, k == 0);
             }
