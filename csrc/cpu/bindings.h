@@ -52,17 +52,17 @@ inline void check_same_type(const Tensor& t, const Tensor& x, const char* name) 
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
-// Contiguous and uninitialised, with the dtype of `like`. Straight from the allocator: an operation
+// Contiguous and uninitialised, on the device of `like`. Straight from the allocator: an operation
 // looked up by name costs several microseconds.
-inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+inline Tensor empty_as(
+    int32_t dtype, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = step;
     step *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  int32_t dtype, device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle created;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -71,11 +71,25 @@ inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   return Tensor(created);
 }
 
-// Keeps a contiguous copy alive for as long as its pointer is used.
+// The same with the dtype of `like`.
+inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_as(dtype, like, sizes);
+}
+
+// Keeps a contiguous copy of a tensor on the CPU alive for as long as its pointer is used. One
+// operand on the CPU is enough to get here, so each is asked.
 class Contiguous {
  public:
   explicit Contiguous(const std::optional<Tensor>& t) : tensor_(t) {
-    if (t.has_value() && !t->is_contiguous()) {
+    if (!t.has_value()) {
+      return;
+    }
+    int32_t device;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t->get(), &device));
+    STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "all tensors must be on the CPU");
+    if (!t->is_contiguous()) {
       tensor_ = torch::stable::contiguous(*t);
     }
   }

@@ -57,10 +57,22 @@ inline void values(
   }
 }
 
+inline bool top_k_any(const TopKProblem& p, uint8_t* const* masks, const Runner& runner) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return top_k<float>(p, masks, runner);
+    case DType::kBFloat16:
+      return top_k<BFloat16>(p, masks, runner);
+    case DType::kFloat16:
+      return top_k<Float16>(p, masks, runner);
+  }
+  return false;
+}
+
 constexpr Kernels table(const char* name) {
   return {
       name,   linear_forward_any, linear_backward_any, conv_forward_any, conv_backward_any,
-      values, sample_bits,        sample_backward,
+      values, sample_bits,        sample_backward,     top_k_any,
   };
 }
 

@@ -81,6 +81,16 @@ struct Gradients {
   float* dbias_logits;
 };
 
+struct TopKProblem {
+  const void* const* scores;  // [tensors], each of counts[t] values
+  const int64_t* counts;
+  int64_t tensors;
+  DType dtype;
+  int64_t k;  // in [0, sum of counts]
+  bool largest;
+  bool packed;  // masks of one bit per score instead of one byte
+};
+
 struct Kernels {
   const char* capability;
   void (*linear_forward)(const LinearProblem&, void* y, const Runner&);
@@ -99,6 +109,8 @@ struct Kernels {
       int64_t count,
       float* dlogits,
       const Runner&);
+  // false, with nothing written, where a score is NaN
+  bool (*top_k)(const TopKProblem&, uint8_t* const* masks, const Runner&);
 };
 
 extern const Kernels kKernelsPlain;

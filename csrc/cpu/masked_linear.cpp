@@ -43,7 +43,7 @@ struct Arguments {
             logits_.size(-1) == in,
         "logits must be [out, in] or [sets, out, in]");
     const int64_t sets = logits_.dim() == 3 ? logits_.size(0) : 1;
-    STD_TORCH_CHECK(x_.dim() >= 1 && x_.size(-1) == in, "x must be [..., in]");
+    STD_TORCH_CHECK(x_.dim() >= 2 && x_.size(-1) == in, "x must be [batch, ..., in]");
     if (bias_.has_value()) {
       check_same_type(*bias_, x_, "bias");
       STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == out, "bias must be [out]");
@@ -63,8 +63,8 @@ struct Arguments {
     }
     const int64_t groups = sets * problem.mask.samples;
     STD_TORCH_CHECK(
-        groups > 0 && all_rows % groups == 0,
-        "the rows of x do not divide into sets * samples groups");
+        groups > 0 && x_.size(0) % groups == 0,
+        "the batch of x does not divide into sets * samples groups");
     problem.bias_tensor_id = bias_tensor_id;
     problem.dtype = element_type(x_);
     problem.rows = all_rows / groups;

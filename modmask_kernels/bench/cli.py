@@ -13,7 +13,7 @@ import torch
 
 from .. import _native, report
 from ..files import read_json, write_json, write_text
-from . import conv, linear, machine, memory, step, tables
+from . import conv, linear, machine, memory, step, tables, top_k
 from .figure import figure_of
 from .verify import GateError
 
@@ -22,6 +22,7 @@ SUITES: dict[str, Callable[..., list[Any]]] = {
     "memory": memory.run,
     "step": step.run,
     "conv": conv.run,
+    "top_k": top_k.run,
 }
 
 _FORMAT = 1
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         description="Time the masked layers, their memory and a whole mask-learning step "
         "against plain layers, naive masking (eager and compiled) and NeuroSurgeon. Every "
         "candidate is checked before it is timed; all are timed turn by turn in one process.",
-        epilog="The full table takes about a quarter of an hour on two cores. Close other "
+        epilog="The full table takes about twenty minutes on two cores. Close other "
         "programs first.",
     )
     out.add_argument(
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         choices=(*SUITES, "all"),
         default="all",
         help="linear: the linear layer; memory: its peak extra memory; step: a learning step; "
-        "conv: the convolution [all]",
+        "conv: the convolution; top_k: the k largest of many scores [all]",
     )
     out.add_argument("--quick", action="store_true", help="few rows and rounds, a few minutes")
     out.add_argument(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,27 +158,11 @@ def baseline_step(name: str, problem: Problem) -> Callable[[], Tensor]:
         raise baselines.NotAvailableError(f"torch.compile fails here: {reason[0]}") from error
 
 
-class _EmptyCall(torch.autograd.Function):
-    """An operation with its gradient in Python, as the stable ABI asks for, and nothing in it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, logits)
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, logits = ctx.saved_tensors
-        return torch.empty_like(x), None, torch.empty_like(logits), None
-
-
 def floor_functions(problem: Problem) -> dict[str, Callable[[], object]]:
     """What no masked layer can do without, each alone.
 
     `noise`: the bits of all masks once. `products`: the three products, cut into `samples` parts
     of the batch and done by the library. `copy`: one weight-sized tensor read, one written.
-    `call`: forward and backward of an operation that does nothing; `plain_call`: of the plain layer
-    with one weight.
     """
     parts = [
         (x, grad, torch.empty_like(grad), torch.empty_like(x))
@@ -200,17 +183,7 @@ def floor_functions(problem: Problem) -> dict[str, Callable[[], object]]:
             torch.mm(grad, weight, out=grad_x)
             torch.mm(grad.t(), x, out=buffer)
 
-    x, logits = _leaf(problem.x), _leaf(problem.logits)
-    call = _step(
-        lambda: _EmptyCall.apply(x, weight, logits, problem.bias), (x, logits), problem.grad
-    )
-    return {
-        "noise": noise,
-        "products": products,
-        "copy": lambda: buffer.copy_(weight),
-        "call": call,
-        "plain_call": plain_step(Problem.random(1, 1, 1, 1)),
-    }
+    return {"noise": noise, "products": products, "copy": lambda: buffer.copy_(weight)}
 
 
 def floor_of(case: LinearCase, timings: dict[str, Timing]) -> dict[str, float]:
@@ -219,14 +192,12 @@ def floor_of(case: LinearCase, timings: dict[str, Timing]) -> dict[str, float]:
     The noise is needed twice, forward and backward, since nothing weight-sized is kept; the
     products cost at least what one whole product per pass costs (`plain`). Masking and slopes
     are taken as free. The traffic counts `WORDS_PER_WEIGHT` at the speed of a plain copy of a
-    tensor of this size. A gradient registered in Python costs more than one in PyTorch's C++
-    before it computes anything: the difference is added.
+    tensor of this size.
     """
     noise = timings["noise"].median
     traffic = timings["copy"].median * WORDS_PER_WEIGHT / 2.0
-    call = max(timings["call"].median - timings["plain_call"].median, 0.0)
     arithmetic = timings["plain"].median + 2.0 * noise
-    floor = max(arithmetic, traffic) + call
+    floor = max(arithmetic, traffic)
     numbers = case.samples * case.out_features * case.in_features
     return {
         "noise_seconds": noise,
@@ -235,7 +206,6 @@ def floor_of(case: LinearCase, timings: dict[str, Timing]) -> dict[str, float]:
         "cut_products_seconds": timings["products"].median,
         "traffic_bytes": 4.0 * WORDS_PER_WEIGHT * case.out_features * case.in_features,
         "traffic_seconds": traffic,
-        "call_seconds": call,
         "seconds": floor,
         "library_cut_seconds": max(timings["products"].median + 2.0 * noise, traffic),
         "ratio_to_plain": floor / timings["plain"].median,

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,17 +97,13 @@ def worker(implementation: str, case: MemoryCase, samples: int, *, run: bool) ->
     return high_water_mark()
 
 
-def measure(implementation: str, case: MemoryCase, samples: int, *, run: bool) -> int:
-    """`worker` in a fresh Python process with the thread count of this one.
+def in_fresh_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The JSON on the last line that `python -m module arguments` prints.
 
     Raises:
         RuntimeError: the process failed; the message ends with what it printed.
     """
-    command = [sys.executable, "-m", __name__, "--implementation", implementation]
-    for name, value in asdict(case).items():
-        command += ["--" + name.replace("_", "-"), str(value)]
-    command += ["--samples", str(samples), "--threads", str(torch.get_num_threads())]
-    command += ["--run"] if run else []
+    command = [sys.executable, "-m", module, *arguments]
     # `-m` looks in the working directory first, where another copy of the package may lie
     package = Path(__file__).parents[2]
     # large blocks come from the system and return to it at once; otherwise it is chance whether one
@@ -117,7 +114,18 @@ def measure(implementation: str, case: MemoryCase, samples: int, *, run: bool) -
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["high_water_mark"])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(implementation: str, case: MemoryCase, samples: int, *, run: bool) -> int:
+    """`worker` in a fresh Python process with the thread count of this one."""
+    arguments = ["--implementation", implementation]
+    for name, value in asdict(case).items():
+        arguments += ["--" + name.replace("_", "-"), str(value)]
+    arguments += ["--samples", str(samples), "--threads", str(torch.get_num_threads())]
+    arguments += ["--run"] if run else []
+    return int(in_fresh_process(__name__, arguments)["high_water_mark"])
 
 
 def extra_memory(implementation: str, case: MemoryCase, samples: int, repeats: int) -> int:

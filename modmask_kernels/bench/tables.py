@@ -99,7 +99,6 @@ def _floor_table(rows: Sequence[Row]) -> Table:
             "whole products, ms",
             "cut products, ms",
             "traffic, ms",
-            "call, ms",
             "floor, ms",
             "fused, ms",
             "fused / floor",
@@ -112,7 +111,6 @@ def _floor_table(rows: Sequence[Row]) -> Table:
                 _ms(row["floor"]["whole_products_seconds"]),
                 _ms(row["floor"]["cut_products_seconds"]),
                 _ms(row["floor"]["traffic_seconds"]),
-                _ms(row["floor"]["call_seconds"]),
                 _ms(row["floor"]["seconds"]),
                 _ms(row["seconds"]["fused"]["median"]),
                 _times(row["floor"]["fused_over_floor"]),
@@ -121,10 +119,9 @@ def _floor_table(rows: Sequence[Row]) -> Table:
         ],
         note="Noise: sample_mask_packed alone; forward and backward need it once each. Whole "
         "products: the plain layer. Cut products: the library's products with the batch in as "
-        "many parts as samples. Traffic: 7 words per weight at the speed of a copy. Call: what an "
-        "empty operation with its gradient in Python takes more than a plain layer of one weight. "
-        "Floor: the larger of traffic and whole products plus twice the noise, plus the call; it "
-        "takes masking, slopes and the cut as free.",
+        "many parts as samples. Traffic: 7 words per weight at the speed of a copy. Floor: the "
+        "larger of traffic and whole products plus twice the noise; it takes masking, slopes and "
+        "the cut as free.",
     )
 
 
@@ -242,11 +239,37 @@ def _conv_table(rows: Sequence[Row]) -> Table:
     )
 
 
+def _top_k_table(rows: Sequence[Row]) -> Table:
+    return Table(
+        caption="Masks of the k largest scores, float32",
+        header=["scores, k", "candidate", "time, ms", "extra memory, MiB"],
+        rows=[
+            [
+                f"{row['count']:,}, {row['k']:,}",
+                name,
+                _ms(row["seconds"][name]["median"]),
+                f"{row['extra_bytes'][name] / _MEBIBYTE:.1f}",
+            ]
+            for row in rows
+            for name in row["seconds"]
+        ],
+        note="Extra memory: as above, the mask itself included (packed: 1 bit per score). "
+        + " ".join(
+            f"Against {row['quickest']}, the quicker library function: "
+            f"{_times(row['ratio_to_quickest'])} times its time (target 1.00, "
+            f"{row['verdict_time']}), {_times(row['times_less_memory'])} times less memory than "
+            f"the library needs at least (target 5.00, {row['verdict_memory']})."
+            for row in rows
+        ),
+    )
+
+
 _TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
     "linear": (_linear_table, _faster_table, _floor_table),
     "memory": (_memory_table,),
     "step": (_step_table,),
     "conv": (_conv_table,),
+    "top_k": (_top_k_table,),
 }
 
 

@@ -3,6 +3,7 @@
 from .masked_conv import masked_conv1d, masked_conv2d
 from .masked_linear import masked_linear
 from .sample_mask import pack_bits, sample_mask, sample_mask_packed, unpack_bits
+from .top_k_mask import top_k_mask
 
 __all__ = [
     "masked_conv1d",
@@ -11,5 +12,6 @@ __all__ = [
     "pack_bits",
     "sample_mask",
     "sample_mask_packed",
+    "top_k_mask",
     "unpack_bits",
 ]

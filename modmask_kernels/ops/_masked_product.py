@@ -56,6 +56,9 @@ class MaskedProduct:
 
         @_library.fake(name)
         def forward_fake(x: Tensor, *rest: Any) -> Tensor:
+            # one operand without data is enough to get here
+            if any(t is not None and t.device != x.device for t in rest[:5]):
+                raise RuntimeError(f"{name}: all tensors must be on the device of x, {x.device}")
             return x.new_empty(shape(x, *rest))
 
         _library.fake(f"{name}_backward")(_backward_fake)
@@ -78,6 +81,27 @@ class MaskedProduct:
             y = self._below_autograd(*arguments)
         return y
 
+    def quick(self, *arguments: Any) -> Tensor | None:
+        """The operation on the compiled kernels, which check the arguments too, only tersely.
+
+        Returns:
+            None where there is no such kernel, or where an argument does not fit: that asks for a
+            close look in Python, which takes longer than a small layer.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch.is_autocast_enabled("cpu")
+            or not _native.enabled()
+        ):
+            return None
+        try:
+            call = self._eager if torch.is_grad_enabled() else self._below_autograd
+            y = call(*arguments)
+        except (RuntimeError, TypeError, AttributeError):
+            return None
+        return y if y.is_cpu else None  # all on the meta device
+
     def _below_autograd(self, *arguments: Any) -> Tensor:
         # the registered gradient looks at every call, even of one that needs none
         with torch._C._AutoDispatchBelowAutograd():
@@ -85,15 +109,30 @@ class MaskedProduct:
         return y
 
     def _backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return self._gradients(ctx, dy, self._differentiate)
+
+    def _gradients(
+        self, ctx: Any, dy: Tensor, differentiate: Callable[..., Any]
+    ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:5]
-        grads = self._differentiate(dy, *ctx.saved_tensors, *ctx.rest, *needs)
+        rest = ctx.rest
+        dx, dweight, dlogits, dbias, dbias_logits = differentiate(
+            dy, *ctx.saved_tensors, *rest, *needs
+        )
+        need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
         return (
-            *(g if need else None for g, need in zip(grads, needs, strict=True)),
-            *(None,) * (1 + len(ctx.rest)),
+            dx if need_x else None,
+            dweight if need_weight else None,
+            dlogits if need_logits else None,
+            dbias if need_bias else None,
+            dbias_logits if need_bias_logits else None,
+            None,
+            *(None,) * len(rest),
         )
 
     def _make_function(self) -> Callable[..., Tensor]:
         product = self
+        differentiate = getattr(torch.ops.modmask, f"{self.name}_backward").default
 
         class Function(torch.autograd.Function):
             """The registered gradient without the generic machinery, dearer than a small layer."""
@@ -109,7 +148,7 @@ class MaskedProduct:
                 if torch.is_grad_enabled():  # create_graph: the registered operation refuses
                     return product._backward(ctx, dy)
                 with torch._C._AutoDispatchBelowAutograd():
-                    return product._backward(ctx, dy)
+                    return product._gradients(ctx, dy, differentiate)
 
         apply: Callable[..., Tensor] = Function.apply
         return apply
@@ -159,58 +198,6 @@ def explain(x: Tensor) -> tuple[str, str]:
     if x.dtype not in FUSED_DTYPES:
         return "reference", f"no fused kernel for {x.dtype}"
     return "reference", f"no fused kernel for device {x.device.type}"
-
-
-def fits(
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    samples: int,
-) -> bool:
-    """Whether all operands plainly fit a batch in the first dimension, except x the weight.
-
-    False asks for a close look.
-    """
-    device, dtype = x.device, x.dtype
-    shape = weight.shape
-    lead = logits.shape[: -len(shape)]  # () or (sets,)
-    sets = lead.numel()
-    return (
-        len(lead) < 2
-        and sets > 0
-        and logits.shape == (*lead, *shape)
-        and logits.dtype is torch.float32
-        and logits.device == device
-        and weight.dtype is dtype
-        and dtype in FUSED_DTYPES
-        and weight.device == device
-        and (
-            bias is None
-            or (bias.shape == shape[:1] and bias.dtype is dtype and bias.device == device)
-        )
-        and (
-            bias_logits is None
-            or (
-                bias is not None
-                and bias_logits.shape == (*lead, shape[0])
-                and bias_logits.dtype is torch.float32
-                and bias_logits.device == device
-            )
-        )
-        and (
-            seed is None
-            or (
-                isinstance(seed, Tensor)
-                and seed.dtype is torch.int64
-                and (seed.dim() == 0 or seed.shape == (sets,))
-                and seed.device == device
-            )
-        )
-        and x.shape[0] % (sets * (1 if seed is None else samples)) == 0
-    )
 
 
 def check_parameters(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modmask_kernels import bench, cli, ops
-from modmask_kernels.bench import baselines, conv, linear, memory, step, tables
+from modmask_kernels.bench import baselines, conv, linear, memory, step, tables, top_k
 from modmask_kernels.bench import cli as bench_cli
 from modmask_kernels.bench.figure import figure_of
 from modmask_kernels.bench.verify import GateError
@@ -45,6 +45,26 @@ def conv_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def top_k_rows() -> list[dict[str, Any]]:
+    timing = {"median": 0.1, "p20": 0.1, "p80": 0.1, "calls": 3}
+    seconds = {name: dict(timing) for name in top_k.CANDIDATES}
+    return [
+        {
+            "count": 1000,
+            "k": 500,
+            "dtype": "float32",
+            "seconds": seconds,
+            "extra_bytes": dict.fromkeys(top_k.CANDIDATES, 2**20),
+            "quickest": "kthvalue",
+            "ratio_to_quickest": 1.0,
+            "times_less_memory": 1.0,
+            "verdict_time": "met",
+            "verdict_memory": "missed",
+        }
+    ]
+
+
+@pytest.fixture(scope="module")
 def memory_rows() -> list[dict[str, Any]]:
     extra = {
         "plain": {"1": 9 * 2**20},
@@ -68,7 +88,11 @@ def memory_rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def results(
-    linear_rows: list[Any], step_rows: list[Any], memory_rows: list[Any], conv_rows: list[Any]
+    linear_rows: list[Any],
+    step_rows: list[Any],
+    memory_rows: list[Any],
+    conv_rows: list[Any],
+    top_k_rows: list[Any],
 ) -> dict[str, Any]:
     from modmask_kernels.bench.machine import describe
 
@@ -79,6 +103,7 @@ def results(
         "memory": memory_rows,
         "step": step_rows,
         "conv": conv_rows,
+        "top_k": top_k_rows,
     }
 
 
@@ -139,6 +164,23 @@ class TestConv:
         assert conv.cases(quick=True) == [c for c in conv.cases() if c.target == 1.5]
 
 
+class TestTopK:
+    def test_candidates_agree(self) -> None:
+        top_k.check(10_001)
+
+    def test_a_wrong_candidate_is_stopped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wrong = {**top_k.CANDIDATES, "topk": lambda scores, k: scores > 1.0}
+        monkeypatch.setattr(top_k, "CANDIDATES", wrong)
+        with pytest.raises(GateError, match="topk: keeps other scores"):
+            top_k.check(1000)
+
+    def test_the_suite_measures_time_and_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(top_k, "QUICK_SCORES", 200_000)
+        (row,) = top_k.run(quick=True, progress=False)
+        assert set(row["seconds"]) == set(row["extra_bytes"]) == set(top_k.CANDIDATES)
+        assert row["quickest"] in top_k.LIBRARY
+
+
 class TestLinear:
     def test_every_candidate_is_timed(self, linear_rows: list[dict[str, Any]]) -> None:
         one, four = linear_rows
@@ -153,8 +195,7 @@ class TestLinear:
         for row in linear_rows:
             floor, seconds = row["floor"], row["seconds"]
             arithmetic = seconds["plain"]["median"] + 2 * seconds["noise"]["median"]
-            least = max(arithmetic, floor["traffic_seconds"])
-            assert floor["seconds"] == least + floor["call_seconds"]
+            assert floor["seconds"] == max(arithmetic, floor["traffic_seconds"])
             assert floor["traffic_bytes"] == 7 * 4 * 16 * 24
             assert floor["fused_over_floor"] == seconds["fused"]["median"] / floor["seconds"]
 
@@ -262,7 +303,8 @@ class TestOutput:
         for suite in bench_cli.SUITES:
             alone = {key: results[key] for key in ("settings", "machine", suite)}
             assert tables.tables(alone)
-            assert figure_of(alone) is not None
+            # one row of two numbers needs no figure
+            assert (figure_of(alone) is None) == (suite == "top_k")
         assert figure_of({}) is None
 
     def test_files(self, results: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from .._masked_product import (
     MaskedProduct,
     check_batch,
     check_parameters,
-    fits,
     lowered,
     number_of_bias,
 )
@@ -179,9 +178,8 @@ def _masked_conv(
     stride = _numbers(stride, dims, "stride", 1)
     dilation = _numbers(dilation, dims, "dilation", 1)
     padding = _paddings(padding, dims, kernel, stride, dilation)
-    if not fits(x, weight, logits, bias, bias_logits, seed, samples):
-        sets = check_parameters(x, weight, logits, bias, bias_logits, seed)
-        check_batch(x, 0, sets, 1 if seed is None else samples)
+    sets = check_parameters(x, weight, logits, bias, bias_logits, seed)
+    check_batch(x, 0, sets, 1 if seed is None else samples)
     if dims == 1:
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, 0, *padding]
         x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)

@@ -12,7 +12,6 @@ from .._masked_product import (
     check_batch,
     check_parameters,
     explain,
-    fits,
     lowered,
     number_of_bias,
 )
@@ -151,27 +150,8 @@ def masked_linear(
              for s in range(sets) for k in range(samples)]
         return torch.cat(y, dim=batch_dim)
     """
-    _check.check_tensors(x=x, weight=weight, logits=logits)
-    x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
     _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
-    if (
-        batch_dim
-        or x.dim() < 2
-        or weight.dim() != 2
-        or x.shape[-1] != weight.shape[1]
-        or not fits(x, weight, logits, bias, bias_logits, seed, samples)
-    ):
-        _check_arguments(x, weight, logits, bias, bias_logits, seed, samples, batch_dim)
-    moved = batch_dim % x.dim() != 0
-    if moved:
-        x = x.movedim(batch_dim, 0)
-    y = _product(
-        x,
-        weight,
-        logits,
-        bias,
-        bias_logits,
-        seed,
+    draw = (
         tensor_id,
         number_of_bias(tensor_id, bias_tensor_id),
         sample_offset,
@@ -180,4 +160,13 @@ def masked_linear(
         tau,
         hard,
     )
-    return y.movedim(0, batch_dim) if moved else y
+    if batch_dim == 0:
+        quick = _product.quick(x, weight, logits, bias, bias_logits, seed, *draw)
+        if quick is not None:
+            return quick
+    _check.check_tensors(x=x, weight=weight, logits=logits)
+    x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
+    _check_arguments(x, weight, logits, bias, bias_logits, seed, samples, batch_dim)
+    x = x.movedim(batch_dim, 0)
+    y = _product(x, weight, logits, bias, bias_logits, seed, *draw)
+    return y.movedim(0, batch_dim)
