@@ -44,6 +44,42 @@ modmask::MaskSpec spec_of(const Draw& d) {
   return spec;
 }
 
+modmask::Gradients gradients_of(const Gradients& given) {
+  modmask::Gradients d{};
+  d.dy = given.dy;
+  d.dx = given.dx;
+  d.dweight = given.dweight;
+  d.dlogits = given.dlogits;
+  d.dbias = given.dbias;
+  d.dbias_logits = given.dbias_logits;
+  return d;
+}
+
+modmask::ConvProblem problem_of(const Draw& draw, const Conv& c) {
+  modmask::ConvProblem p{};
+  p.mask = spec_of(draw);
+  p.bias_tensor_id = draw.tensor_id + 1;
+  p.dtype = static_cast<modmask::DType>(c.dtype);
+  p.images = c.images;
+  p.conv_groups = c.conv_groups;
+  p.channels = c.channels;
+  p.outputs = c.outputs;
+  for (int i = 0; i < 2; ++i) {
+    p.size[i] = c.size[i];
+    p.out_size[i] = c.out_size[i];
+    p.kernel[i] = c.kernel[i];
+    p.stride[i] = c.stride[i];
+    p.padding[i] = c.padding[i];
+    p.dilation[i] = c.dilation[i];
+  }
+  p.x = c.x;
+  p.weight = c.weight;
+  p.logits = c.logits;
+  p.bias = c.bias;
+  p.bias_logits = c.bias_logits;
+  return p;
+}
+
 }  // namespace
 
 extern "C" {
@@ -86,14 +122,32 @@ void linear_backward(
   p.logits = l->logits;
   p.bias = l->bias;
   p.bias_logits = l->bias_logits;
-  modmask::Gradients d{};
-  d.dy = given->dy;
-  d.dx = given->dx;
-  d.dweight = given->dweight;
-  d.dlogits = given->dlogits;
-  d.dbias = given->dbias;
-  d.dbias_logits = given->dbias_logits;
-  kTables[table]->linear_backward(p, d, {threads, run_threads});
+  kTables[table]->linear_backward(p, gradients_of(*given), {threads, run_threads});
+}
+
+void conv_forward(int table, int threads, const Draw* draw, const Conv* c, void* y) {
+  kTables[table]->conv_forward(problem_of(*draw, *c), y, {threads, run_threads});
+}
+
+void conv_backward(
+    int table, int threads, const Draw* draw, const Conv* c, const Gradients* given) {
+  kTables[table]->conv_backward(
+      problem_of(*draw, *c), gradients_of(*given), {threads, run_threads});
+}
+
+int top_k(
+    int table,
+    int threads,
+    int64_t dtype,
+    const void* const* scores,
+    const int64_t* counts,
+    int64_t tensors,
+    int64_t k,
+    int packed,
+    uint8_t* const* masks) {
+  const modmask::TopKProblem p{
+      scores, counts, tensors, static_cast<modmask::DType>(dtype), k, true, packed != 0};
+  return kTables[table]->top_k(p, masks, {threads, run_threads});
 }
 
 void sample_values(

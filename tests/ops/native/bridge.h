@@ -37,10 +37,31 @@ struct Gradients {
   float* dbias_logits;
 };
 
+struct Conv {
+  int64_t dtype;
+  int64_t images;
+  int64_t conv_groups;
+  int64_t channels;
+  int64_t outputs;
+  int64_t size[2];
+  int64_t out_size[2];
+  int64_t kernel[2];
+  int64_t stride[2];
+  int64_t padding[2];
+  int64_t dilation[2];
+  const void* x;
+  const void* weight;
+  const float* logits;
+  const void* bias;
+  const float* bias_logits;
+};
+
 int table_count();
 const char* table_name(int table);
 void linear_forward(int table, int threads, const Draw*, const Linear*, void* y);
 void linear_backward(int table, int threads, const Draw*, const Linear*, const Gradients*);
+void conv_forward(int table, int threads, const Draw*, const Conv*, void* y);
+void conv_backward(int table, int threads, const Draw*, const Conv*, const Gradients*);
 void sample_values(
     int table, int threads, const Draw*, const float* logits, int64_t count, float* values);
 void sample_bits(
@@ -53,5 +74,15 @@ void sample_backward(
     const float* dvalues,
     int64_t count,
     float* dlogits);
+int top_k(
+    int table,
+    int threads,
+    int64_t dtype,
+    const void* const* scores,
+    const int64_t* counts,
+    int64_t tensors,
+    int64_t k,
+    int packed,
+    uint8_t* const* masks);
 
 }  // extern "C"

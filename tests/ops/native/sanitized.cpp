@@ -181,6 +181,136 @@ void run_linear(const Shape& s, int64_t dtype, const Draw& draw, int biases, int
   }
 }
 
+// Largest difference of two results in float32, relative to the largest entry.
+float difference(const std::string& a, const std::string& b) {
+  float most = 0.0f, largest = 1e-6f;
+  for (size_t i = 0; i + 4 <= a.size(); i += 4) {
+    float p, q;
+    std::memcpy(&p, a.data() + i, 4);
+    std::memcpy(&q, b.data() + i, 4);
+    most = std::fmax(most, std::fabs(p - q));
+    largest = std::fmax(largest, std::fabs(p));
+  }
+  return most / largest;
+}
+
+// The tables cut and lay out the work differently, and must agree up to rounding.
+void run_conv(Conv c, const Draw& draw, int biases, int needs) {
+  const size_t size = size_of(c.dtype);
+  const int64_t all = draw.sets * draw.samples * c.images;
+  int64_t patch = c.channels / c.conv_groups;
+  int64_t x_count = all * c.channels, y_count = all * c.outputs;
+  for (int i = 0; i < 2; ++i) {
+    patch *= c.kernel[i];
+    x_count *= c.size[i];
+    y_count *= c.out_size[i];
+  }
+  const int64_t w_count = c.outputs * patch;
+  Buffer x(x_count, size), weight(w_count, size), bias(c.outputs, size), dy(y_count, size);
+  Buffer logits(draw.sets * w_count, 4), bias_logits(draw.sets * c.outputs, 4);
+  fill(x, x_count, c.dtype);
+  fill(weight, w_count, c.dtype);
+  fill(bias, c.outputs, c.dtype);
+  fill(dy, y_count, c.dtype);
+  fill(logits, draw.sets * w_count, 0);
+  fill(bias_logits, draw.sets * c.outputs, 0);
+  c.x = x.data();
+  c.weight = weight.data();
+  c.logits = logits.floats();
+  c.bias = biases > 0 ? bias.data() : nullptr;
+  c.bias_logits = biases > 1 ? bias_logits.floats() : nullptr;
+
+  std::vector<std::string> of_first_table;
+  for (int table = 0; table < table_count(); ++table) {
+    std::vector<std::string> of_one_thread;
+    for (const int threads : {1, 3}) {
+      const std::string name = std::string(table_name(table)) + " convolution, channels " +
+                               std::to_string(c.channels) + " to " + std::to_string(c.outputs) +
+                               ", size " + std::to_string(c.size[0]) + "x" +
+                               std::to_string(c.size[1]) + ", dtype " + std::to_string(c.dtype) +
+                               ", threads " + std::to_string(threads);
+      Buffer y(y_count, size), dx(x_count, size), dweight(w_count, size), dbias(c.outputs, size);
+      Buffer dlogits(draw.sets * w_count, 4), dbias_logits(draw.sets * c.outputs, 4);
+      const Gradients gradients{
+          dy.data(),
+          needs & 1 ? dx.data() : nullptr,
+          needs & 2 ? dweight.data() : nullptr,
+          needs & 4 ? dlogits.floats() : nullptr,
+          biases > 0 ? dbias.data() : nullptr,
+          biases > 1 ? dbias_logits.floats() : nullptr};
+      conv_forward(table, threads, &draw, &c, y.data());
+      conv_backward(table, threads, &draw, &c, &gradients);
+      std::vector<std::string> results;
+      const auto check = [&](const void* wanted, const Buffer& b, const char* what) {
+        expect(b.guarded(), std::string(what) + " of " + name);
+        if (wanted != nullptr) {
+          expect(b.written(), std::string(what) + " of " + name);
+          results.push_back(b.bits());
+        }
+      };
+      check(y.data(), y, "y");
+      check(gradients.dx, dx, "dx");
+      check(gradients.dweight, dweight, "dweight");
+      check(gradients.dlogits, dlogits, "dlogits");
+      check(gradients.dbias, dbias, "dbias");
+      check(gradients.dbias_logits, dbias_logits, "dbias_logits");
+      if (threads == 1) {
+        of_one_thread = results;
+      }
+      expect(results == of_one_thread, "threads change " + name);
+      if (table == 0) {
+        of_first_table = results;
+      }
+      for (size_t i = 0; c.dtype == 0 && i < results.size(); ++i) {
+        expect(
+            difference(of_first_table[i], results[i]) < 1e-5f,
+            "result " + std::to_string(i) + " differs from the first table's: " + name);
+      }
+    }
+  }
+}
+
+void run_top_k(int64_t dtype) {
+  const int64_t counts[] = {700, 0, 65, 70001};
+  const size_t size = size_of(dtype);
+  Buffer a(counts[0], size), b(counts[1], size), c(counts[2], size), d(counts[3], size);
+  Buffer* scores[] = {&a, &b, &c, &d};
+  const void* data[4];
+  int64_t total = 0;
+  for (int t = 0; t < 4; ++t) {
+    fill(*scores[t], counts[t], dtype);
+    data[t] = scores[t]->data();
+    total += counts[t];
+  }
+  for (const int64_t k : {int64_t{0}, int64_t{1}, total / 3, total}) {
+    for (const int packed : {0, 1}) {
+      std::string first;
+      for (int table = 0; table < table_count(); ++table) {
+        for (const int threads : {1, 3}) {
+          uint8_t* masks[4];
+          std::vector<Buffer*> kept;
+          for (int t = 0; t < 4; ++t) {
+            kept.push_back(new Buffer(packed ? (counts[t] + 7) / 8 : counts[t], 1));
+            masks[t] = static_cast<uint8_t*>(kept.back()->data());
+          }
+          const std::string name = std::string(table_name(table)) + " top " + std::to_string(k);
+          expect(
+              top_k(table, threads, dtype, data, counts, 4, k, packed, masks) == 1,
+              "no NaN: " + name);
+          std::string bits;
+          for (Buffer* mask : kept) {
+            expect(mask->guarded(), name);
+            bits += mask->bits();
+            delete mask;
+          }
+          first = first.empty() ? bits : first;
+          expect(bits == first, "other masks: " + name);
+        }
+      }
+    }
+  }
+}
+
 void run_sampling(int64_t count, const Draw& draw) {
   const int64_t all = draw.sets * draw.samples * count, octets = (count + 7) / 8;
   Buffer logits(draw.sets * count, 4), dvalues(all, 4);
@@ -228,6 +358,31 @@ int main() {
         ++variant;
       }
     }
+  }
+  const Conv convolutions[] = {
+      // dtype, images, groups, channels, outputs, size, out_size, kernel, stride, padding, dilation
+      {0, 1, 1, 1, 1, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}},
+      {0, 3, 1, 5, 9, {4, 4}, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}},
+      {0, 1, 2, 6, 8, {7, 20}, {4, 20}, {3, 3}, {2, 1}, {1, 1}, {1, 1}},
+      {0, 2, 3, 3, 3, {6, 33}, {6, 33}, {3, 3}, {1, 1}, {1, 1}, {1, 1}},
+      {0, 2, 1, 17, 40, {5, 9}, {3, 7}, {2, 2}, {1, 1}, {0, 0}, {2, 2}},
+      {0, 1, 1, 3, 5, {18, 40}, {9, 14}, {5, 4}, {2, 3}, {2, 3}, {1, 1}},
+      {0, 1, 1, 30, 200, {3, 3}, {3, 3}, {3, 3}, {1, 1}, {1, 1}, {1, 1}},
+  };
+  for (const Conv& c : convolutions) {
+    for (int64_t dtype = 0; dtype < 3; ++dtype) {
+      Conv typed = c;
+      typed.dtype = dtype;
+      const bool hard = variant % 3 != 0;
+      const Draw draw{variant % 4 == 3 ? nullptr : seeds, 2, 2, 1, variant % 7, 2,
+                      variant % 2 ? 1.0f : 0.7f,          hard};
+      run_conv(typed, draw, variant % 3, variant % 2 ? 7 : 5);
+      ++variant;
+    }
+    run_conv(c, {seeds, 1, 1, 0, 0, 1, 1.0f, 1}, 0, 4);
+  }
+  for (int64_t dtype = 0; dtype < 3; ++dtype) {
+    run_top_k(dtype);
   }
   for (const int64_t count : {1, 3, 7, 8, 9, 15, 17, 31, 33, 65, 4095, 4096, 4097}) {
     for (const int hard : {1, 0}) {
