@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..report.page import Figure
-from .tables import Results, Row, conv_label, linear_label
+from .tables import Results, Row, linear_label
 
 # shape and colour both tell the series apart
 _SERIES = {
@@ -15,11 +15,20 @@ _SERIES = {
     "naive": ("naive", "second", "s"),
     "neurosurgeon": ("NeuroSurgeon", "fourth", "D"),
 }
-_TITLE = "Time relative to the plain layer or training step"
+_TITLE = "Time relative to the plain layer or step"
 _ROW_HEIGHT = 0.25
 _PANEL_HEIGHT = 1.0
 
 _Panel = tuple[str, list[str], list[dict[str, float]], list[float | None]]
+
+
+def _short_conv_label(row: Row) -> str:
+    stride = f"/{row['stride']}" if row["stride"] != 1 else ""
+    groups = f" g{row['groups']}" if row["groups"] != 1 else ""
+    return (
+        f"conv {row['in_channels']}-{row['out_channels']} {row['kernel']}x{row['kernel']}{stride}"
+        f"{groups}, {row['samples']}"
+    )
 
 
 def _time_panel(results: Results) -> _Panel | None:
@@ -37,7 +46,7 @@ def _time_panel(results: Results) -> _Panel | None:
         points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
         targets.append(row["target"])
     for row in results.get("conv", []):
-        labels.append(f"convolution, {conv_label(row)}")
+        labels.append(_short_conv_label(row))
         naive = row["naive_ratio_to_plain"]["value"]
         points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
         targets.append(row["target"])
@@ -137,7 +146,8 @@ def figure_of(results: Results) -> Figure | None:
     )
     return Figure(
         name="speed",
-        caption="Rows: layer, batch, samples. The vertical line is the plain layer (or the "
+        caption="Rows: layer, batch, samples; for convolutions channels, kernel (/stride, g "
+        "groups), samples. The vertical line is the plain layer (or the "
         "ordinary training step); left is better. The scale is logarithmic; the numbers are "
         "those of the fused kernel.",
         alt=f"{panels[0][0]}. {rows}.",
