@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .nn import MaskedModule
+from .nn import MaskedAny, MaskedModule
 from .ops.masked_linear import explain as explain_product
 
 
@@ -28,7 +28,13 @@ def explain(subject: nn.Module | Tensor) -> str:
         raise TypeError(f"subject must be a module or a tensor, not {type(subject).__name__}")
     lines = []
     for name, module in subject.named_modules():
-        if isinstance(module, MaskedModule):
+        if isinstance(module, MaskedAny):
+            count = sum(module.get_parameter(n).numel() for n in module.masked)
+            lines.append(
+                f"{name or '(root)'}: general path (the module runs once per group, each with a "
+                f"masked copy of {count:,} values)"
+            )
+        elif isinstance(module, MaskedModule):
             backend, reason = explain_product(module.get_parameter(module.masked[0]))
             lines.append(f"{name or '(root)'}: {backend} ({reason})")
     return "\n".join(lines) or "no masked layers"

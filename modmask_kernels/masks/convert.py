@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..nn import MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedModule, Mode
+from ..nn import MaskedAny, MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedModule, Mode
 from ..nn.masked_module import check_mode, name_sets
 
 ESTIMATORS = ("gumbel_sigmoid",)
@@ -106,16 +106,25 @@ def find_record(model: nn.Module) -> MaskRecord | None:
     return None
 
 
-def counterpart(module: nn.Module) -> Any | None:
-    """The class of masked layers for a plain one, or None."""
-    return next((new for old, new in MASKED_TYPES.items() if isinstance(module, old)), None)
+def counterpart(module: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Any | None:
+    """The class of masked layers for a plain one, or None; `also`: types for the general path."""
+    for plain, masked in MASKED_TYPES.items():
+        if isinstance(module, plain):
+            return masked
+    if isinstance(module, tuple(also)) and not isinstance(module, MaskedModule):
+        return MaskedAny
+    return None
 
 
-def _obstacle(module: nn.Module, in_attention: bool) -> str | None:
-    """Why a layer cannot be replaced, or None."""
-    plain = next(old for old in MASKED_TYPES if isinstance(module, old))
+def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
+    """Why a layer cannot be replaced by one of the class `masked`, or None."""
     if in_attention:
         return "torch.nn.MultiheadAttention reads its weight without calling it"
+    if masked is MaskedAny:
+        if isinstance(module, nn.RNNBase):
+            return "it returns several tensors"
+        return "it has children" if any(True for _ in module.children()) else None
+    plain = next(old for old in MASKED_TYPES if isinstance(module, old))
     if type(module).forward is not plain.forward:
         return f"{type(module).__name__} has its own forward"
     if "weight" not in module._parameters:
@@ -124,7 +133,10 @@ def _obstacle(module: nn.Module, in_attention: bool) -> str | None:
 
 
 def _find_layers(
-    model: nn.Module, accept: Callable[[str, nn.Module], bool] | None
+    model: nn.Module,
+    accept: Callable[[str, nn.Module], bool] | None,
+    also: Sequence[type[nn.Module]],
+    bias: bool,
 ) -> dict[str, nn.Module]:
     """The layers to mask by name, each once; a warning names those that cannot be."""
     attention = {
@@ -136,13 +148,18 @@ def _find_layers(
     chosen: dict[str, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
-        if counterpart(module) is None or (accept is not None and not accept(name, module)):
+        masked = counterpart(module, also)
+        if masked is None or (accept is not None and not accept(name, module)):
             continue
+        if masked is MaskedAny and not any(
+            bias or n != "bias" for n, _ in module.named_parameters()
+        ):
+            continue  # a norm without weights, for instance
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(
                 f"model: layer {name!r} has no shape yet; run the model once before mask_model"
             )
-        reason = _obstacle(module, id(module) in attention)
+        reason = _obstacle(module, masked, id(module) in attention)
         if reason is None:
             chosen[name] = module
         else:
@@ -193,6 +210,7 @@ def mask_model(
     estimator: str = "gumbel_sigmoid",
     filter: Callable[[str, nn.Module], bool] | None = None,
     *,
+    also: Sequence[type[nn.Module]] = (),
     bias: bool = False,
     tau: float = 1.0,
     init: float = 2.0,
@@ -211,6 +229,9 @@ def mask_model(
         samples: masks drawn per set and batch (spec of the method: 4 to 8).
         estimator: "gumbel_sigmoid", the straight-through concrete distribution.
         filter: ``filter(name, module) -> bool``, True for the layers to mask; None masks all.
+        also: further types of modules without children, `torch.nn.LayerNorm` for instance, whose
+            parameters are masked by the general path: the module runs once per group, with a masked
+            copy of its parameters (`nn.MaskedAny`).
         bias: whether biases are masked as well.
         tau, init: temperature, and initial value of the logits.
         batch_dim: dimension of the batch in the inputs of the layers (1 for time-major models).
@@ -235,7 +256,7 @@ def mask_model(
     masked = find_masked_layers(model)
     if masked:
         raise ValueError(f"model: expected no masked layers, found {next(iter(masked))!r} masked")
-    plain = _find_layers(model, filter)
+    plain = _find_layers(model, filter, also, bias)
     if not plain:
         expected = ", ".join(f"torch.nn.{old.__name__}" for old in MASKED_TYPES)
         raise ValueError(
@@ -258,7 +279,7 @@ def mask_model(
     replacement: dict[int, nn.Module] = {}
     logits: dict[int, nn.Parameter] = {}
     for module in plain.values():
-        layer: MaskedModule = counterpart(module).from_dense(  # type: ignore[union-attr]
+        layer: MaskedModule = counterpart(module, also).from_dense(  # type: ignore[union-attr]
             module, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init
         )
         for leaf in layer.masked:
@@ -305,6 +326,8 @@ def unmask_model(model: nn.Module) -> nn.Module:
         # the Parameters of the layer, which a conversion of device or dtype may have replaced
         for leaf in dense._parameters:
             dense._parameters[leaf] = layer._parameters[leaf]
+        for leaf in dense._buffers:
+            dense._buffers[leaf] = layer._buffers[leaf]
         _share_hooks(layer, dense)
         dense.train(layer.training)
         replacement[id(layer)] = dense
