@@ -28,6 +28,27 @@ _DRAW = (
 _NEEDS = "bool need_x, bool need_weight, bool need_logits, bool need_bias, bool need_bias_logits"
 
 
+_DRAW_NAMES = (
+    "tensor_id",
+    "bias_tensor_id",
+    "sample_offset",
+    "element_offset",
+    "samples",
+    "tau",
+    "hard",
+)
+
+
+def positional(reference: Callable[..., Tensor], *options: str) -> Callable[..., Tensor]:
+    """A reference with the arguments of the schema, by position; `options` follow the seed."""
+    names = ("seed", *options, *_DRAW_NAMES)
+
+    def call(*arguments: Any) -> Tensor:
+        return reference(*arguments[:5], **dict(zip(names, arguments[5:], strict=True)))
+
+    return call
+
+
 class MaskedProduct:
     """A registered operation `y = product(x, weight * mask) + bias` with its gradient.
 

@@ -14,50 +14,11 @@ from .._masked_product import (
     check_parameters,
     lowered,
     number_of_bias,
+    positional,
 )
 from . import reference
 
 __all__ = ["masked_conv1d", "masked_conv2d"]
-
-
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    tensor_id: int,
-    bias_tensor_id: int,
-    sample_offset: int,
-    element_offset: int,
-    samples: int,
-    tau: float,
-    hard: bool,
-) -> Tensor:
-    return reference.masked_conv2d(
-        x,
-        weight,
-        logits,
-        bias,
-        bias_logits,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        seed=seed,
-        tensor_id=tensor_id,
-        bias_tensor_id=bias_tensor_id,
-        sample_offset=sample_offset,
-        element_offset=element_offset,
-        samples=samples,
-        tau=tau,
-        hard=hard,
-    )
 
 
 def _rooms(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -92,7 +53,7 @@ def _shape(
 _product = MaskedProduct(
     "masked_conv",
     "int[] stride, int[] padding, int[] dilation, int groups, ",
-    _reference,
+    positional(reference.masked_conv2d, "stride", "padding", "dilation", "groups"),
     _shape,
 )
 

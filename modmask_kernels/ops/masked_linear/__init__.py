@@ -14,49 +14,18 @@ from .._masked_product import (
     explain,
     lowered,
     number_of_bias,
+    positional,
 )
 from . import reference
 
 __all__ = ["explain", "masked_linear"]
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    tensor_id: int,
-    bias_tensor_id: int,
-    sample_offset: int,
-    element_offset: int,
-    samples: int,
-    tau: float,
-    hard: bool,
-) -> Tensor:
-    return reference.masked_linear(
-        x,
-        weight,
-        logits,
-        bias,
-        bias_logits,
-        seed=seed,
-        tensor_id=tensor_id,
-        bias_tensor_id=bias_tensor_id,
-        sample_offset=sample_offset,
-        element_offset=element_offset,
-        samples=samples,
-        tau=tau,
-        hard=hard,
-    )
-
-
 def _shape(x: Tensor, weight: Tensor, *_: Any) -> tuple[int, ...]:
     return (*x.shape[:-1], weight.shape[0])
 
 
-_product = MaskedProduct("masked_linear", "", _reference, _shape)
+_product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
 
 
 def _check_arguments(
