@@ -137,15 +137,15 @@ def _find_layers(
     accept: Callable[[str, nn.Module], bool] | None,
     also: Sequence[type[nn.Module]],
     bias: bool,
-) -> dict[str, nn.Module]:
-    """The layers to mask by name, each once; a warning names those that cannot be."""
+) -> dict[str, tuple[nn.Module, Any]]:
+    """Layers to mask and their new classes by name; a warning names those that cannot be masked."""
     attention = {
         id(child)
         for module in model.modules()
         if isinstance(module, nn.MultiheadAttention)
         for child in module.children()
     }
-    chosen: dict[str, nn.Module] = {}
+    chosen: dict[str, tuple[nn.Module, Any]] = {}
     left: list[str] = []
     for name, module in model.named_modules():
         masked = counterpart(module, also)
@@ -161,7 +161,7 @@ def _find_layers(
             )
         reason = _obstacle(module, masked, id(module) in attention)
         if reason is None:
-            chosen[name] = module
+            chosen[name] = (module, masked)
         else:
             left.append(f"{name!r} ({reason})")
     if left:
@@ -274,12 +274,12 @@ def mask_model(
             "bias": bool(bias),
         },
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        dense=dict(plain),
+        dense={name: module for name, (module, _) in plain.items()},
     )
     replacement: dict[int, nn.Module] = {}
     logits: dict[int, nn.Parameter] = {}
-    for module in plain.values():
-        layer: MaskedModule = counterpart(module, also).from_dense(  # type: ignore[union-attr]
+    for module, masked_type in plain.values():
+        layer: MaskedModule = masked_type.from_dense(
             module, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init
         )
         for leaf in layer.masked:

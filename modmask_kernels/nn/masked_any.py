@@ -106,16 +106,8 @@ class MaskedAny(MaskedModule):
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers that the plain module reads."""
         plain: nn.Module = self.__dict__["_plain"]
-        found: dict[str, Tensor] = {}
-        for name in plain._parameters:
-            parameter = self._parameters[name]
-            if parameter is not None:
-                found[name] = parameter
-        for name in plain._buffers:
-            buffer = self._buffers[name]
-            if buffer is not None:
-                found[name] = buffer
-        return found
+        all_of_it = {n: getattr(self, n) for n in (*plain._parameters, *plain._buffers)}
+        return {name: tensor for name, tensor in all_of_it.items() if tensor is not None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module group by group; see the class."""

@@ -114,7 +114,7 @@ class MaskedModule(nn.Module):
 
     def dense_shell(self) -> nn.Module:
         """A plain layer of these sizes and options on the meta device, for other Parameters."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names no plain counterpart")
 
     def to_dense(self, set: int | str = 0) -> nn.Module:
         """A new plain layer with the threshold masks (logit > 0) of `set` multiplied in."""
