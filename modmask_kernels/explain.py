@@ -29,11 +29,7 @@ def explain(subject: nn.Module | Tensor) -> str:
     lines = []
     for name, module in subject.named_modules():
         if isinstance(module, MaskedAny):
-            count = sum(module.get_parameter(n).numel() for n in module.masked)
-            lines.append(
-                f"{name or '(root)'}: general path (the module runs once per group, each with a "
-                f"masked copy of {count:,} values)"
-            )
+            lines.append(f"{name or '(root)'}: general path ({module.cost()})")
         elif isinstance(module, MaskedModule):
             backend, reason = explain_product(module.get_parameter(module.masked[0]))
             lines.append(f"{name or '(root)'}: {backend} ({reason})")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..nn import MaskedAny, MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedModule, Mode
+from ..nn.masked_any import names_to_mask
 from ..nn.masked_module import check_mode, name_sets
 
 ESTIMATORS = ("gumbel_sigmoid",)
@@ -121,9 +122,7 @@ def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
     if in_attention:
         return "torch.nn.MultiheadAttention reads its weight without calling it"
     if masked is MaskedAny:
-        if isinstance(module, nn.RNNBase):
-            return "it returns several tensors"
-        return "it has children" if any(True for _ in module.children()) else None
+        return "it is never called" if type(module).forward is nn.Module.forward else None
     plain = next(old for old in MASKED_TYPES if isinstance(module, old))
     if type(module).forward is not plain.forward:
         return f"{type(module).__name__} has its own forward"
@@ -147,26 +146,38 @@ def _find_layers(
     }
     chosen: dict[str, tuple[nn.Module, Any]] = {}
     left: list[str] = []
+    inside: set[int] = set()
     for name, module in model.named_modules():
         masked = counterpart(module, also)
-        if masked is None or (accept is not None and not accept(name, module)):
+        if masked is None or id(module) in inside:
             continue
-        if masked is MaskedAny and not any(
-            bias or n != "bias" for n, _ in module.named_parameters()
-        ):
+        if accept is not None and not accept(name, module):
+            continue
+        if masked is MaskedAny and not names_to_mask(module, bias, _below(name, accept)):
             continue  # a norm without weights, for instance
-        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+        if any(nn.parameter.is_lazy(p) for p in module.parameters()):
             raise ValueError(
                 f"model: layer {name!r} has no shape yet; run the model once before mask_model"
             )
         reason = _obstacle(module, masked, id(module) in attention)
         if reason is None:
             chosen[name] = (module, masked)
+            # what is masked as a whole owns the modules inside
+            inside.update(id(child) for child in module.modules())
         else:
             left.append(f"{name!r} ({reason})")
     if left:
         warnings.warn(f"mask_model leaves these layers unmasked: {', '.join(left)}", stacklevel=3)
     return chosen
+
+
+def _below(
+    name: str, accept: Callable[[str, nn.Module], bool] | None
+) -> Callable[[str, nn.Module], bool] | None:
+    """`accept`, asked about a module by its name below the module `name`."""
+    if accept is None:
+        return None
+    return lambda child, module: accept(f"{name}.{child}" if name else child, module)
 
 
 def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> nn.Module:
@@ -228,9 +239,10 @@ def mask_model(
         sets: number of mask sets, or a list of their names.
         samples: masks drawn per set and batch (spec of the method: 4 to 8).
         estimator: "gumbel_sigmoid", the straight-through concrete distribution.
-        filter: ``filter(name, module) -> bool``, True for the layers to mask; None masks all.
-        also: further types of modules without children, `torch.nn.LayerNorm` for instance, whose
-            parameters are masked by the general path: the module runs once per group, with a masked
+        filter: ``filter(name, module) -> bool``, True for the layers to mask; None masks all. Of a
+            module with children that `also` names, those children are masked that it accepts too.
+        also: further types of modules, `torch.nn.LayerNorm` or one of your own, whose parameters at
+            any depth are masked by the general path: the module runs once per group, with a masked
             copy of its parameters (`nn.MaskedAny`).
         bias: whether biases are masked as well.
         tau, init: temperature, and initial value of the logits.
@@ -278,15 +290,16 @@ def mask_model(
     )
     replacement: dict[int, nn.Module] = {}
     logits: dict[int, nn.Parameter] = {}
-    for module, masked_type in plain.values():
+    for name, (module, masked_type) in plain.items():
+        options = {"accept": _below(name, filter)} if masked_type is MaskedAny else {}
         layer: MaskedModule = masked_type.from_dense(
-            module, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init
+            module, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init, **options
         )
         for leaf in layer.masked:
             parameter = layer.get_parameter(leaf)
             layer.tensor_ids[leaf] = number[id(parameter)]
             shared = logits.setdefault(id(parameter), layer.logits_of(leaf))
-            layer.register_parameter(f"{leaf}_logits", shared)
+            layer._put_logits(leaf, shared)
         layer.batch_dim = batch_dim
         _share_hooks(module, layer)
         replacement[id(module)] = layer
@@ -328,6 +341,9 @@ def unmask_model(model: nn.Module) -> nn.Module:
             dense._parameters[leaf] = layer._parameters[leaf]
         for leaf in dense._buffers:
             dense._buffers[leaf] = layer._buffers[leaf]
+        layer._drop_logits()
+        for child in dense._modules:
+            dense._modules[child] = layer._modules[child]
         _share_hooks(layer, dense)
         dense.train(layer.training)
         replacement[id(layer)] = dense

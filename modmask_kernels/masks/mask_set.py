@@ -395,12 +395,15 @@ class MaskSet(Mapping[str, Tensor]):
         places_of.update(layers)
         # for every mask the (module, leaf) pairs it stands over; tied layers give several
         owners: dict[str, list[tuple[str, str]]] = {}
+        pairs: dict[int, list[tuple[str, str]]] = {}
+        for n, module in places_of.items():
+            for path, parameter in module.named_parameters(n, remove_duplicate=False):
+                prefix, _, leaf = path.rpartition(".")
+                pairs.setdefault(id(parameter), []).append((prefix, leaf))
         for name in self._shapes:
             prefix, _, leaf = name.rpartition(".")
-            parameter = baked.get_submodule(prefix)._parameters.get(leaf)
-            owners[name] = [
-                (n, leaf) for n, m in places_of.items() if m._parameters.get(leaf) is parameter
-            ] or [(prefix, leaf)]
+            found = baked.get_submodule(prefix)._parameters.get(leaf)
+            owners[name] = pairs.get(id(found), [(prefix, leaf)])
         if layers:
             baked = unmask_model(baked)
         for name, places in owners.items():

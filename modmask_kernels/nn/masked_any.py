@@ -1,42 +1,80 @@
-"""Any module without children under learned masks: the general path."""
+"""Any module under learned masks: the general path."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..ops.sample_mask.reference import mask_of_sample
 from .masked_module import MaskedModule
 
+# arguments of torch.nn modules whose batch is not where that of the input is
+_BATCH_FIRST = ("key_padding_mask",)
+_OF_POSITIONS = ("attn_mask", "src_mask", "tgt_mask", "memory_mask", "mask")
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is one of those that `bias=True` adds: "bias", "bias_ih_l0" and such."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "bias" or leaf.startswith("bias_") or leaf.endswith("_bias")
+
+
+def names_to_mask(
+    module: nn.Module, bias: bool, accept: Callable[[str, nn.Module], bool] | None = None
+) -> list[str]:
+    """The parameters of a module, at any depth, that the general path masks."""
+    found = []
+    for name, _ in module.named_parameters():
+        prefix = name.rpartition(".")[0]
+        if prefix and accept is not None and not accept(prefix, module.get_submodule(prefix)):
+            continue
+        if bias or not is_bias(name):
+            found.append(name)
+    return found
+
 
 class MaskedAny(MaskedModule):
-    """A module without children whose parameters stand under masks; it is run once per group.
+    """Any module, with or without children, whose parameters stand under masks: run group by group.
 
     For every group one masked copy of each masked parameter is made, and the unmodified module runs
     with it on its part of the batch (`torch.func.functional_call`). That is right for any module
     whose output belongs to its input row by row, and costs what as many separate calls cost; linear
-    layers and convolutions have fused layers instead. Made by `from_dense`.
+    layers, convolutions and attention have fused layers instead. Made by `from_dense`.
 
-    Parameters and buffers keep the names and tensors of the module; ``<name>_logits`` is
-    ``[sets, *shape]`` in float32.
+    Parameters, buffers and children keep the names and tensors of the module; the logits
+    ``<name>_logits``, ``[sets, *shape]`` in float32, sit beside their parameters.
+
+    A batch normalisation that takes statistics of its batch takes those of the whole batch, as the
+    plain module does, since masks of its weights do not touch them; inside a module with children
+    it sees one group at a time.
 
     Attributes:
         mode, active_sets, samples, tau, batch_dim, tensor_ids, set_names, sample_offset, seed: see
-            `MaskedModule`; all may be changed at any time.
+            `MaskedModule`; all may be changed at any time. Recurrent layers know their batch
+            dimension themselves.
 
     Shape:
-        As the module. Every tensor argument whose size along `batch_dim` is that of the first one
-        is cut into groups; the outputs, one tensor each, are put together again.
+        As the module. Arguments and outputs may be trees (tuples, dicts, dataclasses) with None and
+        other values between the tensors. Every tensor whose size along `batch_dim` is that of the
+        first one is cut into groups; masks over pairs of positions (``attn_mask`` and its
+        like), padding masks and hidden states are cut where `torch.nn` has their batch, or
+        not at all. The outputs are put together along the same dimension.
 
     Raises:
         ValueError: for a batch that does not divide.
-        TypeError: if the module returns something else than a tensor.
+        TypeError: if an output has no batch dimension (a loss, for instance), or for packed
+            sequences, where several groups are needed.
 
     Equivalent to::
 
@@ -57,24 +95,24 @@ class MaskedAny(MaskedModule):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        accept: Callable[[str, nn.Module], bool] | None = None,
     ) -> MaskedAny:
         """Masks over the very parameters of `module`, which are frozen by this.
 
         Args:
-            module: any module without children; its Parameters and buffers are shared, not copied.
+            module: any module; its Parameters, buffers and children are shared, not copied.
             sets, samples, tau, init, tensor_id: as in `MaskedLinear`.
-            mask_bias: whether a parameter named "bias" is masked as well.
+            mask_bias: whether biases (by their names) are masked as well.
+            accept: ``accept(name, child)``, True for the children at any depth whose own
+                parameters are masked; None masks those of all.
 
         Raises:
-            TypeError: for a module with children.
+            TypeError: for something else than a module that can be called.
             ValueError: for one that has nothing to mask.
         """
-        if not isinstance(module, nn.Module) or any(True for _ in module.children()):
-            raise TypeError(
-                f"module: expected a module without children, got {type(module).__name__}"
-            )
-        own = dict(module.named_parameters(recurse=False))
-        masked = [name for name in own if mask_bias or name != "bias"]
+        if not isinstance(module, nn.Module) or _has_no_forward(module):
+            raise TypeError(f"module: expected a module to call, got {type(module).__name__}")
+        masked = names_to_mask(module, mask_bias, accept)
         if not masked:
             raise ValueError(f"module: {type(module).__name__} has no parameter to mask")
         layer = cls.__new__(cls)
@@ -84,19 +122,35 @@ class MaskedAny(MaskedModule):
         for name, buffer in module._buffers.items():
             kept = name not in module._non_persistent_buffers_set
             layer.register_buffer(name, buffer, persistent=kept)
+        for name, child in module._modules.items():
+            layer.add_module(name, child)
         # not a child: names and state dict stay those of the module
         layer.__dict__["_plain"] = module
         layer._add_masks(masked, sets, samples, tau, init, tensor_id)
-        for parameter in own.values():
-            parameter.requires_grad_(False)
+        for parameter in module.parameters():
+            if not any(parameter is layer.logits_of(name) for name in masked):
+                parameter.requires_grad_(False)
         return layer.train(module.training)
+
+    def __getattr__(self, name: str) -> Any:
+        # settings of the plain module ("embedding_dim"), but no methods: those know no masks
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__.get("_plain"), name, None)
+            if value is None or callable(value):
+                raise
+            return value
 
     def dense_shell(self) -> nn.Module:
         """The plain module again, for other Parameters."""
-        plain: nn.Module = copy.copy(self.__dict__["_plain"])
-        plain._parameters = dict(plain._parameters)
-        plain._buffers = dict(plain._buffers)
-        return plain
+        plain: nn.Module = self.__dict__["_plain"]
+        shell = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+        for name in self.masked:
+            prefix, _, leaf = name.rpartition(".")
+            if prefix:
+                del shell.get_submodule(prefix)._parameters[f"{leaf}_logits"]
+        return shell
 
     def train(self, mode: bool = True) -> MaskedAny:
         """As `torch.nn.Module.train`."""
@@ -104,7 +158,7 @@ class MaskedAny(MaskedModule):
         return super().train(mode)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers that the plain module reads."""
+        """Parameters and buffers that the plain module itself reads."""
         plain: nn.Module = self.__dict__["_plain"]
         all_of_it = {n: getattr(self, n) for n in (*plain._parameters, *plain._buffers)}
         return {name: tensor for name, tensor in all_of_it.items() if tensor is not None}
@@ -120,42 +174,64 @@ class MaskedAny(MaskedModule):
         samples = 1 if seed is None else self.samples
         sets = self.sets if self._active is None else self._active[1]
         groups = sets * samples
-        dim = self.batch_dim
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if first is None or first.dim() <= dim or first.shape[dim] % groups:
+        leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_packed)
+        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        if groups > 1 and any(_is_packed(leaf) for leaf in leaves):
+            raise TypeError(
+                f"module: the general path cannot cut a PackedSequence into {groups} groups for "
+                f"{type(plain).__name__}; pad it"
+            )
+        recurrent = isinstance(plain, nn.RNNBase)
+        dim = (0 if plain.batch_first else 1) if recurrent else self.batch_dim
+        if groups > 1 and (first is None or first.dim() <= dim or first.shape[dim] % groups):
             got = "no tensor" if first is None else f"shape {list(first.shape)}"
             raise ValueError(
                 f"the batch of x, {got}, does not divide into {sets} sets * {samples} samples = "
                 f"{groups} equal groups along dimension {dim}"
             )
-        batch = first.shape[dim]
-
-        def part(value: Any, g: int) -> Any:
-            if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch:
-                return value.narrow(dim, g * (batch // groups), batch // groups)
-            return value
+        if groups > 1:
+            assert first is not None
+            if isinstance(plain, _NormBase) and (plain.training or not plain.track_running_stats):
+                return self._normalise(first, groups, samples, seed, mode)
+            cut = _Cut(groups, dim, first.shape[dim] // groups)
+            args, kwargs = cut.prepare(plain, args, kwargs)
 
         outputs = []
         for g in range(groups):
-            chosen = {**tensors, **self._masked(tensors, *divmod(g, samples), seed, mode)}
-            outputs.append(
-                functional_call(
-                    plain,
-                    chosen,
-                    tuple(part(a, g) for a in args),
-                    {name: part(a, g) for name, a in kwargs.items()},
-                )
-            )
-        if not isinstance(outputs[0], Tensor):
-            raise TypeError(
-                f"module: expected one output tensor of {type(plain).__name__}, "
-                f"got {type(outputs[0]).__name__}"
-            )
-        return outputs[0] if groups == 1 else torch.cat(outputs, dim)
+            chosen = {**tensors, **self._masked(*divmod(g, samples), seed, mode)}
+            of_group = (args, kwargs) if groups == 1 else cut.part((args, kwargs), g)
+            outputs.append(functional_call(plain, chosen, *of_group))
+        if groups == 1:
+            return outputs[0]
+        if recurrent:
+            y, *state = zip(*outputs, strict=True)
+            # hidden states: [layers, batch, ...] whatever the layout of the input
+            return cut.join(y), *(_Cut(groups, 1, cut.rows).join(s) for s in state)
+        return cut.join(outputs)
 
-    def _masked(
-        self, tensors: dict[str, Tensor], set: int, sample: int, seed: Tensor | None, mode: str
-    ) -> dict[str, Tensor]:
+    def _normalise(
+        self, x: Any, groups: int, samples: int, seed: Tensor | None, mode: str
+    ) -> Tensor:
+        """Statistics of the whole batch, then weight and bias of every group."""
+        plain: nn.Module = self.__dict__["_plain"]
+        tensors = self._tensors()
+        neutral = {
+            name: torch.full_like(tensors[name], value)
+            for name, value in (("weight", 1), ("bias", 0))
+            if name in tensors
+        }
+        y: Tensor = functional_call(plain, {**tensors, **neutral}, (x,))
+        if "weight" not in tensors:
+            return y
+        shape = (-1,) + (1,) * (y.dim() - 2)
+        parts = []
+        for g, part in enumerate(y.chunk(groups)):
+            chosen = {**tensors, **self._masked(*divmod(g, samples), seed, mode)}
+            weight, bias = (chosen[n].to(y.dtype).view(shape) for n in ("weight", "bias"))
+            parts.append(part * weight + bias)
+        return torch.cat(parts)
+
+    def _masked(self, set: int, sample: int, seed: Tensor | None, mode: str) -> dict[str, Tensor]:
         """The masked parameters of one group."""
         found = {}
         for name in self.masked:
@@ -180,9 +256,116 @@ class MaskedAny(MaskedModule):
                     tau=self.tau,
                     hard=mode != "soft",
                 )[0]
-            found[name] = tensors[name] * mask.to(tensors[name].dtype)
+            parameter = self._parameter(name)
+            found[name] = parameter * mask.to(parameter.dtype)
         return found
+
+    def cost(self) -> str:
+        """What a forward pass in mode "sample" does, in words."""
+        values = [self._parameter(name) for name in self.masked]
+        count = sum(p.numel() for p in values)
+        size = sum(p.numel() * p.element_size() for p in values)
+        return (
+            f"{self.sets * self.samples} calls of {type(self.__dict__['_plain']).__name__} per "
+            f"batch, each with a masked copy of {count:,} values, {size:,} bytes"
+        )
 
     def extra_repr(self) -> str:
         """The plain module, the sets, and the options that are not at their defaults."""
-        return f"{self.__dict__['_plain']!r}, {self._mask_repr()}"
+        plain: nn.Module = self.__dict__["_plain"]
+        shown = type(plain).__name__ if self._modules else repr(plain)
+        return f"{shown}, {self._mask_repr()}"
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    """Whether it only holds others, as `torch.nn.ModuleList` does."""
+    return type(module).forward is nn.Module.forward
+
+
+class _Whole:
+    """An argument that every group gets as it is, or that is cut along a dimension of its own."""
+
+    def __init__(self, value: Any, dim: int | None) -> None:
+        self.value = value
+        self.dim = dim
+
+
+class _Cut:
+    """A batch in `groups` parts of `rows` rows along dimension `dim`."""
+
+    def __init__(self, groups: int, dim: int, rows: int) -> None:
+        self.groups = groups
+        self.dim = dim
+        self.rows = rows
+
+    def prepare(
+        self, plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, those marked whose batch is elsewhere by the conventions of torch.nn."""
+        names = list(inspect.signature(type(plain).forward).parameters)[1:]
+        recurrent = isinstance(plain, nn.RNNBase)
+
+        def mark(name: str, value: Any) -> Any:
+            if recurrent and name == "hx":
+                return pytree.tree_map(lambda h: _Whole(h, 1), value)
+            if not isinstance(value, Tensor) or type(plain).__module__.split(".")[0] != "torch":
+                return value
+            if name.endswith(_BATCH_FIRST):
+                return _Whole(value, 0)
+            if name in _OF_POSITIONS:
+                # [positions, positions], or [batch * heads, positions, positions]
+                return _Whole(value, None if value.dim() == 2 else 0)
+            return value
+
+        named = zip([*names, *[""] * len(args)], args, strict=False)
+        return tuple(mark(n, a) for n, a in named), {n: mark(n, a) for n, a in kwargs.items()}
+
+    def part(self, tree: Any, g: int) -> Any:
+        """What group g gets of the arguments."""
+
+        def of_leaf(leaf: Any) -> Any:
+            if isinstance(leaf, _Whole):
+                if leaf.dim is None:
+                    return leaf.value
+                rows = leaf.value.shape[leaf.dim] // self.groups
+                return leaf.value.narrow(leaf.dim, g * rows, rows)
+            batch = self.groups * self.rows
+            if isinstance(leaf, Tensor) and leaf.dim() > self.dim and leaf.shape[self.dim] == batch:
+                return leaf.narrow(self.dim, g * self.rows, self.rows)
+            return _replace_fields(leaf, lambda value: self.part(value, g))
+
+        return pytree.tree_map(of_leaf, tree)
+
+    def join(self, outputs: Sequence[Any]) -> Any:
+        """The output of the whole batch."""
+
+        def of_leaves(*leaves: Any) -> Any:
+            first = leaves[0]
+            if isinstance(first, Tensor):
+                if first.dim() <= self.dim or first.shape[self.dim] != self.rows:
+                    raise TypeError(
+                        f"module: expected outputs with {self.rows} rows in dimension {self.dim}, "
+                        f"one part of the batch, got shape {list(first.shape)}: it does not say "
+                        "which row it belongs to"
+                    )
+                return torch.cat(leaves, self.dim)
+            if dataclasses.is_dataclass(first) and not isinstance(first, type):
+                fields = [f.name for f in dataclasses.fields(first)]
+                return dataclasses.replace(
+                    first, **{n: self.join([getattr(leaf, n) for leaf in leaves]) for n in fields}
+                )
+            return first
+
+        return pytree.tree_map(of_leaves, outputs[0], *outputs[1:])
+
+
+def _replace_fields(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A dataclass with changed fields; anything else as it is."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return dataclasses.replace(value, **fields)

@@ -48,7 +48,8 @@ class MaskedModule(nn.Module):
 
     A subclass calls `_add_masks` once its parameters exist, computes with `_logits`, `_seed` and
     `effective_mode`, and says in a class method `from_dense` and in `dense_shell` what its plain
-    counterpart is.
+    counterpart is. A masked parameter may belong to a child ("out_proj.weight"): then so do its
+    logits.
 
     Attributes (may be changed at any time):
         mode: "sample" (0/1 masks, drawn), "soft" (values between, drawn), "threshold"
@@ -96,15 +97,14 @@ class MaskedModule(nn.Module):
         # learning loop so that no gradient of all sets is built when some are learned
         self._views: tuple[dict[str, Tensor], Tensor] | None = None
         for name in self.masked:
-            parameter = self._parameters[name]
-            assert parameter is not None
+            parameter = self._parameter(name)
             values = torch.full(
                 (len(self.set_names), *parameter.shape),
                 self.init,
                 dtype=torch.float32,
                 device=parameter.device,
             )
-            self.register_parameter(f"{name}_logits", nn.Parameter(values))
+            self._put_logits(name, nn.Parameter(values))
         self.register_buffer("seed", None, persistent=False)
 
     def reset_logits(self) -> None:
@@ -121,16 +121,16 @@ class MaskedModule(nn.Module):
         index = self.set_index(set)
         dense = self.dense_shell()
         with torch.no_grad():
-            for name, _ in list(dense.named_parameters(recurse=False)):
-                parameter = self._parameters[name]
-                assert parameter is not None
+            for name, _ in list(dense.named_parameters(remove_duplicate=False)):
+                parameter = self._parameter(name)
                 values = parameter.detach()
                 if name in self.masked:
                     values = values.masked_fill(~(self.logits_of(name)[index] > 0), 0)
                 else:
                     values = values.clone()
-                dense.register_parameter(
-                    name, nn.Parameter(values, requires_grad=parameter.requires_grad)
+                prefix, _, leaf = name.rpartition(".")
+                dense.get_submodule(prefix).register_parameter(
+                    leaf, nn.Parameter(values, requires_grad=parameter.requires_grad)
                 )
         return dense.train(self.training)
 
@@ -141,9 +141,26 @@ class MaskedModule(nn.Module):
 
     def logits_of(self, name: str) -> nn.Parameter:
         """The logits [sets, ...] of a masked parameter."""
-        logits = self._parameters[f"{name}_logits"]
-        assert logits is not None
-        return logits
+        return self._parameter(f"{name}_logits")
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        """A parameter of this module or of a child, also one that a functional call put there."""
+        prefix, _, leaf = name.rpartition(".")
+        parameter = self.get_submodule(prefix)._parameters[leaf]
+        assert parameter is not None
+        return parameter
+
+    def _put_logits(self, name: str, logits: nn.Parameter) -> None:
+        """Let `logits` be those of a masked parameter; they sit beside it."""
+        prefix, _, leaf = name.rpartition(".")
+        self.get_submodule(prefix).register_parameter(f"{leaf}_logits", logits)
+
+    def _drop_logits(self) -> None:
+        """Take the logits away from the children, which are those of the plain module."""
+        for name in self.masked:
+            prefix, _, leaf = name.rpartition(".")
+            if prefix:
+                self.get_submodule(prefix)._parameters.pop(f"{leaf}_logits", None)
 
     def set_index(self, set: int | str) -> int:
         """The index of a set given by its index or name; ValueError names what there is."""
@@ -196,6 +213,8 @@ class MaskedModule(nn.Module):
         if self._views is not None:
             return self._views[0].get(name)
         logits = self._parameters.get(f"{name}_logits")
+        if "." in name and name in self.masked:
+            logits = self.logits_of(name)
         if logits is None or self._active is None or self._active[1] == logits.shape[0]:
             return logits
         return logits[self._active[0] : sum(self._active)]

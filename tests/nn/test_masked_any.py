@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -197,19 +198,330 @@ def test_compiles_as_one_graph():
 
 
 def test_wrong_uses_are_named():
-    with pytest.raises(TypeError, match="module: expected a module without children"):
-        MaskedAny.from_dense(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match="module: expected a module to call, got ModuleList"):
+        MaskedAny.from_dense(nn.ModuleList([nn.Linear(2, 2)]))
     with pytest.raises(ValueError, match="LayerNorm has no parameter to mask"):
         MaskedAny.from_dense(nn.LayerNorm(3, elementwise_affine=False))
     layer = MaskedAny.from_dense(nn.LayerNorm(3), samples=4)
     with pytest.raises(ValueError, match=r"batch of x, shape \[6, 3\], .* 4 samples = 4 equal"):
         layer(torch.randn(6, 3))
-    recurrent = MaskedAny.from_dense(nn.LSTM(3, 4, batch_first=True)).eval()
-    with pytest.raises(TypeError, match="expected one output tensor of LSTM, got tuple"):
-        recurrent(torch.randn(2, 5, 3))
-    with pytest.warns(UserWarning, match="it returns several tensors"):
-        mm.mask_model(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)), also=[nn.LSTM])
-    with pytest.warns(UserWarning, match="it has children"):
+    with pytest.warns(UserWarning, match="it is never called"):
         mm.mask_model(
-            nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU())), also=[nn.Sequential]
+            nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.PReLU()])), also=[nn.ModuleList]
         )
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: torch.Tensor
+    pair: tuple
+    note: str = "same"
+    extra: torch.Tensor | None = None
+
+
+class Tree(nn.Module):
+    """Children, parameters of its own, tied ones, and outputs of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 6))
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.head = nn.Linear(6, 3)
+        self.other_head = nn.Linear(6, 3)
+        self.other_head.weight = self.head.weight
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.width = 6
+
+    def forward(self, x, *, also=None, output="tuple"):
+        h = self.norm(x + self.token) * self.scale
+        if also is not None:
+            h = h + also["shift"][1]
+        results = (self.up(h), self.head(h) + self.other_head(h))
+        if output == "tuple":
+            return (*results, None)
+        if output == "dict":
+            return {"a": results[0], "b": [results[1], {"c": None, "d": 3}]}
+        if output == "dataclass":
+            return Output(results[0], results)
+        return results[0].mean()
+
+
+TREE = ["token", "norm.weight", "up.0.weight", "head.weight"]
+
+
+def tree(**options):
+    torch.manual_seed(0)
+    module = Tree()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    return copy.deepcopy(module), masked(module, **options)
+
+
+def groups_of(plain, layer, seed, samples):
+    """A copy of the plain module with the masks of each group multiplied in."""
+    for k in range(samples):
+        other = copy.deepcopy(plain)
+        for name in layer.masked:
+            mask = ops.sample_mask(
+                layer.logits_of(name)[0],
+                seed=seed,
+                sample_offset=k,
+                tensor_id=layer.tensor_ids[name],
+            )[0]
+            other.get_parameter(name).data.mul_(mask)
+        yield other
+
+
+class TestModulesWithChildren:
+    def test_logits_sit_beside_their_parameters(self):
+        plain, layer = tree(mask_bias=False)
+        assert list(layer.masked) == TREE
+        names = [n for n, _ in layer.named_parameters() if not n.endswith("_logits")]
+        assert names == [n for n, _ in plain.named_parameters()]
+        assert layer.up[0].weight_logits.shape == (1, 8, 6)
+        assert layer.width == 6
+        with pytest.raises(AttributeError, match="no_such_thing"):
+            _ = layer.no_such_thing
+        assert [n for n, p in layer.named_parameters() if p.requires_grad] == [
+            n for n in layer.state_dict() if n.endswith("_logits")
+        ]
+        layer.load_state_dict(layer.state_dict())
+        layer.to(torch.bfloat16)
+        assert layer.up[0].weight_logits.dtype == torch.float32
+        assert layer.up[0].weight.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("output", ["tuple", "dict", "dataclass"])
+    def test_arguments_and_outputs_may_be_trees(self, output):
+        plain, layer = tree(samples=3, mask_bias=True)
+        layer.seed = torch.tensor([7])
+        x, shift = torch.randn(6, 6), torch.randn(6, 1)
+        also = {"shift": (4, shift)}
+        parts = [
+            other(part, also={"shift": (4, s)}, output=output)
+            for other, part, s in zip(
+                groups_of(plain, layer, layer.seed[0], 3), x.chunk(3), shift.chunk(3), strict=True
+            )
+        ]
+        got = layer(x, also=also, output=output)
+
+        def leaves(value):
+            if dataclasses.is_dataclass(value):
+                return leaves([getattr(value, f.name) for f in dataclasses.fields(value)])
+            return torch.utils._pytree.tree_leaves(value)
+
+        for column, leaf in zip(zip(*map(leaves, parts), strict=True), leaves(got), strict=True):
+            if isinstance(leaf, torch.Tensor):
+                torch.testing.assert_close(leaf, torch.cat(column))
+            else:
+                assert leaf == column[0]
+        assert type(got) is type(parts[0])
+
+    def test_an_output_without_rows_is_refused(self):
+        _, layer = tree(samples=2)
+        with pytest.raises(TypeError, match=r"outputs with 3 rows in dimension 0.* got shape \[\]"):
+            layer(torch.randn(6, 6), output="loss")
+        layer.samples = 1
+        assert layer(torch.randn(6, 6), output="loss").shape == ()
+
+    def test_a_model_is_converted_baked_and_restored(self):
+        plain, _ = tree()
+        model = nn.Sequential(nn.Linear(6, 6), copy.deepcopy(plain))
+        inner, state = model[1], copy.deepcopy(model.state_dict())
+        names = [n for n, _ in model.named_parameters()]
+        x = torch.randn(4, 6)
+        expected = model(x)
+        mm.mask_model(model, samples=2, also=[Tree])
+        assert list(mm.MaskSet.from_model(model)) == ["0.weight", *(f"1.{n}" for n in TREE)]
+        assert model[1].tensor_ids["head.weight"] == names.index("1.head.weight")
+        with mm.set_mode(model, "threshold"):
+            torch.testing.assert_close(model(x), expected)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.normal_()
+        masks = mm.MaskSet.from_model(model)
+        with mm.set_mode(model, "threshold"):
+            found = model(x)
+        baked, dense = masks.bake(model), model[1].to_dense()
+        assert type(baked[1]) is Tree
+        assert baked[1].head.weight is baked[1].other_head.weight
+        assert not any(n.endswith("_logits") for n in (*baked.state_dict(), *dense.state_dict()))
+        for got, want in zip(baked(x), found, strict=True):
+            if got is not None:
+                torch.testing.assert_close(got, want)
+        copied = mm.unmask_model(copy.deepcopy(model))
+        mm.unmask_model(model)
+        assert model[1] is inner
+        assert [n for n, _ in model.named_parameters()] == names
+        for network in (model, copied):
+            assert all(torch.equal(network.state_dict()[n], t) for n, t in state.items())
+        # and onto a plain model
+        torch.testing.assert_close(masks.bake(model)(x)[0], found[0])
+
+    def test_the_filter_decides_about_the_children(self):
+        def model():
+            return nn.Sequential(nn.Linear(6, 6), Tree())
+
+        masked_model = mm.mask_model(
+            model(), also=[Tree], filter=lambda name, m: not name.startswith("1.up")
+        )
+        assert "1.up.0.weight" not in mm.MaskSet.from_model(masked_model)
+        assert "1.norm.weight" in mm.MaskSet.from_model(masked_model)
+        only = mm.mask_model(model(), also=[Tree], filter=lambda name, m: name == "1")
+        assert list(mm.MaskSet.from_model(only)) == ["1.token"]
+
+    def test_hand_made_layers_can_be_unmasked(self):
+        plain, layer = tree()
+        with torch.no_grad():
+            layer.logits_of("norm.weight").fill_(-1)
+        x = torch.randn(4, 6)
+        restored = mm.unmask_model(nn.Sequential(layer))
+        assert not any(n.endswith("_logits") for n in restored.state_dict())
+        torch.testing.assert_close(restored[0](x), plain(x))
+
+    def test_masks_are_learned(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), Tree())
+        before = copy.deepcopy(model.state_dict())
+        mm.mask_model(model, sets=["a", "b"], samples=2, also=[Tree])
+
+        def data(step, generator):
+            return (torch.randn(8, 6, generator=generator),)
+
+        def loss(output, batch):
+            return output[1].square().mean()
+
+        mm.learn_masks(model, loss, {"a": data, "b": data}, 3, lr=0.5, progress=False)
+        assert (model[1].token_logits != 2).any()
+        assert (model[1].head.weight_logits != 2).any()
+        mm.unmask_model(model)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+    def test_compiles_as_one_graph(self):
+        _, layer = tree(samples=2)
+        layer.seed = torch.tensor([5])
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+class TestRecurrent:
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+    def test_states_are_cut_along_the_batch(self, kind, batch_first):
+        torch.manual_seed(0)
+        module = kind(3, 4, num_layers=2, batch_first=batch_first)
+        plain = copy.deepcopy(module)
+        layer = masked(module, samples=3, mask_bias=True)
+        layer.seed = torch.tensor([7])
+        dim = 0 if batch_first else 1
+        x = torch.randn(6, 5, 3) if batch_first else torch.randn(5, 6, 3)
+        hx = (
+            (torch.randn(2, 6, 4), torch.randn(2, 6, 4))
+            if kind is nn.LSTM
+            else torch.randn(2, 6, 4)
+        )
+        parts = []
+        for k, other in enumerate(groups_of(plain, layer, layer.seed[0], 3)):
+            of_k = torch.utils._pytree.tree_map(lambda h, k=k: h.chunk(3, 1)[k], hx)
+            parts.append(other(x.chunk(3, dim)[k], of_k))
+        y, state = layer(x, hx)
+        torch.testing.assert_close(y, torch.cat([p[0] for p in parts], dim))
+        for got, *of_parts in zip(
+            *(torch.utils._pytree.tree_leaves(s) for s in (state, *(p[1] for p in parts))),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, torch.cat(of_parts, 1))
+
+    def test_packed_sequences_are_for_one_group(self):
+        layer = masked(nn.RNN(3, 4), samples=2)
+        packed = nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+        with pytest.raises(TypeError, match="cannot cut a PackedSequence into 2 groups for RNN"):
+            layer(packed)
+        layer.mode = "threshold"
+        assert layer(packed)[1].shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_masks_of_positions_are_not_cut(batch_first):
+    torch.manual_seed(0)
+    module = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+    plain = copy.deepcopy(module)
+    layer = MaskedAny.from_dense(module, samples=2, mask_bias=True, init=100.0)
+    layer.batch_dim = 0 if batch_first else 1
+    x = torch.randn(4, 4, 8)  # as many positions as rows
+    causal = nn.Transformer.generate_square_subsequent_mask(4)
+    padding = torch.zeros(4, 4)
+    padding[3, 2:] = -torch.inf
+    options = {"src_mask": causal, "src_key_padding_mask": padding}
+    torch.testing.assert_close(layer(x, **options), plain(x, **options))
+    by_head = causal.expand(8, 4, 4)
+    torch.testing.assert_close(layer(x, by_head), plain(x, by_head))
+
+
+class TestBatchStatistics:
+    @pytest.mark.parametrize("track", [True, False])
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    def test_are_those_of_the_whole_batch(self, dims, track):
+        torch.manual_seed(0)
+        kind = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        module = kind(3, track_running_stats=track).train()
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+        plain = copy.deepcopy(module)
+        x = torch.randn(8, 3, *[2] * dims)
+        layer = MaskedAny.from_dense(module, samples=4, mask_bias=True, init=100.0)
+        assert layer.effective_mode == "sample"
+        torch.testing.assert_close(layer(x), plain(x))
+        for name, value in plain.named_buffers():
+            torch.testing.assert_close(getattr(layer, name), value)
+        with torch.no_grad():
+            layer.weight_logits.zero_()
+        layer.seed = torch.tensor([3])
+        mask = ops.sample_mask(
+            layer.weight_logits[0], seed=layer.seed[0], samples=4, tensor_id=0
+        ).repeat_interleave(2, 0)
+        plain.train().requires_grad_(False)
+        weight, bias = plain.weight.clone(), plain.bias.clone()
+        plain.weight.fill_(1), plain.bias.zero_()
+        shape = (-1, 3, *[1] * dims)
+        expected = plain(x) * (weight * mask).view(shape) + bias.view(1, *shape[1:])
+        torch.testing.assert_close(layer(x), expected)
+
+    def test_learning_leaves_them_alone(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        before = copy.deepcopy(model.state_dict())
+        mm.mask_model(model, samples=2, also=[nn.BatchNorm1d])
+        mm.learn_masks(
+            model,
+            lambda y, batch: y.square().mean(),
+            lambda step, generator: (torch.randn(4, 4, generator=generator),),
+            2,
+            progress=False,
+        )
+        mm.unmask_model(model)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_padding_rows_of_an_embedding_get_no_gradient():
+    layer = masked(nn.Embedding(5, 3, padding_idx=1), samples=2)
+    assert layer.padding_idx == 1
+    layer.mode = "sample"
+    layer(torch.tensor([[0, 1], [1, 4]])).sum().backward()
+    grad = layer.weight_logits.grad[0]
+    assert not grad[1].any()
+    assert not grad[2].any()
+    assert grad[0].any()
+    assert grad[4].any()
+
+
+def test_explain_says_what_it_costs():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    mm.mask_model(model, sets=2, samples=4, also=[nn.LayerNorm], bias=True)
+    line = mm.explain(model).splitlines()[1]
+    assert line == (
+        "1: general path (8 calls of LayerNorm per batch, each with a masked copy of 8 values, "
+        "32 bytes)"
+    )
