@@ -5,13 +5,14 @@ __version__ = "0.1.0"
 from . import analysis, masks, nn, ops
 from .explain import explain
 from .masks import MaskSet, learn_masks, mask_model, set_mode, unmask_model, use_set
-from .nn import MaskedConv1d, MaskedConv2d, MaskedLinear
+from .nn import MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedMultiheadAttention
 
 __all__ = [
     "MaskSet",
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedLinear",
+    "MaskedMultiheadAttention",
     "__version__",
     "analysis",
     "explain",

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..nn import MaskedAny, MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedModule, Mode
+from ..nn import (
+    MaskedAny,
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedLinear,
+    MaskedModule,
+    MaskedMultiheadAttention,
+    Mode,
+)
 from ..nn.masked_any import names_to_mask
 from ..nn.masked_module import check_mode, name_sets
 
@@ -21,6 +29,7 @@ MASKED_TYPES: dict[type[nn.Module], Any] = {
     nn.Linear: MaskedLinear,
     nn.Conv1d: MaskedConv1d,
     nn.Conv2d: MaskedConv2d,
+    nn.MultiheadAttention: MaskedMultiheadAttention,
 }
 
 _RECORD = "_mask_record"
@@ -126,7 +135,10 @@ def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
     plain = next(old for old in MASKED_TYPES if isinstance(module, old))
     if type(module).forward is not plain.forward:
         return f"{type(module).__name__} has its own forward"
-    if "weight" not in module._parameters:
+    weights = [(module, "weight")]
+    if masked is MaskedMultiheadAttention:
+        weights = [(module, "in_proj_weight"), (module.get_submodule("out_proj"), "weight")]
+    if any(name not in owner._parameters for owner, name in weights):
         return "its weight is computed (parametrised or normalised)"
     return None
 
@@ -257,7 +269,8 @@ def mask_model(
 
     Warns:
         UserWarning: for layers that cannot be masked: subclasses with their own forward,
-            parametrised weights, and the output projection inside `torch.nn.MultiheadAttention`.
+            parametrised weights, and the output projection inside a `torch.nn.MultiheadAttention`
+            that stays as it is.
 
     Source: Csordás et al. 2021, "Are Neural Nets Modular?", sections 2 and 3.
     """

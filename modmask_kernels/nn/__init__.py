@@ -1,8 +1,17 @@
 """Layers whose weights stand under learned masks."""
 
 from .masked_any import MaskedAny
+from .masked_attention import MaskedMultiheadAttention
 from .masked_conv import MaskedConv1d, MaskedConv2d
 from .masked_linear import MaskedLinear
 from .masked_module import MaskedModule, Mode
 
-__all__ = ["MaskedAny", "MaskedConv1d", "MaskedConv2d", "MaskedLinear", "MaskedModule", "Mode"]
+__all__ = [
+    "MaskedAny",
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "MaskedModule",
+    "MaskedMultiheadAttention",
+    "Mode",
+]

@@ -15,8 +15,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from .. import ops
-from ..ops.sample_mask.reference import mask_of_sample
 from .masked_module import MaskedModule
 
 # arguments of torch.nn modules whose batch is not where that of the input is
@@ -233,32 +231,7 @@ class MaskedAny(MaskedModule):
 
     def _masked(self, set: int, sample: int, seed: Tensor | None, mode: str) -> dict[str, Tensor]:
         """The masked parameters of one group."""
-        found = {}
-        for name in self.masked:
-            logits = self._logits(name)
-            assert logits is not None
-            if seed is None:
-                mask = mask_of_sample(
-                    logits[set],
-                    seed=None,
-                    sample=0,
-                    tensor_id=self.tensor_ids[name],
-                    tau=self.tau,
-                    hard=True,
-                )
-            else:
-                mask = ops.sample_mask(
-                    logits[set],
-                    seed=seed if seed.dim() == 0 else seed[set],
-                    samples=1,
-                    sample_offset=self.sample_offset + sample,
-                    tensor_id=self.tensor_ids[name],
-                    tau=self.tau,
-                    hard=mode != "soft",
-                )[0]
-            parameter = self._parameter(name)
-            found[name] = parameter * mask.to(parameter.dtype)
-        return found
+        return {n: self._masked_parameter(n, set, sample, seed, mode) for n in self.masked}
 
     def cost(self) -> str:
         """What a forward pass in mode "sample" does, in words."""

@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..ops.sample_mask.reference import mask_of_sample
+
 Mode = Literal["sample", "soft", "threshold", "off"]
 MODES: tuple[str, ...] = get_args(Mode)
 
@@ -231,6 +234,27 @@ class MaskedModule(nn.Module):
         if self._active is not None and sets != self.seed.shape[0]:
             return self.seed.narrow(0, self._active[0], sets)
         return self.seed
+
+    def _masked_parameter(
+        self, name: str, set: int, sample: int, seed: Tensor | None, mode: str
+    ) -> Tensor:
+        """A parameter under the mask of one group, as a tensor; no seed: the threshold mask."""
+        logits = self._logits(name)
+        assert logits is not None
+        if seed is None:
+            mask = mask_of_sample(logits[set], seed=None, tau=self.tau)
+        else:
+            mask = ops.sample_mask(
+                logits[set],
+                seed=seed if seed.dim() == 0 else seed[set],
+                samples=1,
+                sample_offset=self.sample_offset + sample,
+                tensor_id=self.tensor_ids[name],
+                tau=self.tau,
+                hard=mode != "soft",
+            )[0]
+        parameter = self._parameter(name)
+        return parameter * mask.to(parameter.dtype)
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # conversions of dtype are for the weights: a logit of 2 + lr is 2 again in bfloat16

@@ -220,7 +220,7 @@ def test_what_cannot_be_masked_is_named_in_a_warning():
         nn.MultiheadAttention(6, 2),
     )
     with pytest.warns(UserWarning, match="unmasked") as caught:
-        mask_model(model)
+        mask_model(model, filter=lambda name, module: name != "3")
     message = str(caught[0].message)
     assert "'0' (Own has its own forward)" in message
     assert "'2' (its weight is computed" in message
@@ -235,8 +235,7 @@ def test_what_cannot_be_masked_is_named_in_a_warning():
 def test_the_fused_encoder_path_does_not_skip_masks():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
-    with pytest.warns(UserWarning, match="unmasked"):
-        mask_model(encoder)
+    mask_model(encoder, filter=lambda name, module: "linear" in name)
     for masked in masked_layers(encoder).values():
         nn.init.constant_(masked.weight_logits, -1.0)
     x = torch.randn(3, 4, 8)
@@ -368,7 +367,7 @@ def test_names_are_those_of_the_wrapped_model(wrap):
 
 def test_wrong_calls_are_refused():
     with pytest.raises(
-        ValueError, match=r"expected at least one layer that can be masked .*Conv2d\)$"
+        ValueError, match=r"expected at least one layer that can be masked .*Conv2d, .*\)$"
     ):
         mask_model(nn.ReLU())
     with pytest.raises(ValueError, match="that the filter accepts"):
