@@ -48,6 +48,22 @@ inline void conv_backward_any(const ConvProblem& p, const Gradients& d, const Ru
   });
 }
 
+inline void select_linear_any(
+    const LinearProblem& p, const Selection& selection, void* y, const Runner& runner) {
+  with_type(p.dtype, true, [&](auto element, auto) {
+    using T = decltype(element);
+    select_linear<T>(p, selection, static_cast<T*>(y), runner);
+  });
+}
+
+inline void select_conv_any(
+    const ConvProblem& p, const Selection& selection, void* y, const Runner& runner) {
+  with_type(p.dtype, true, [&](auto element, auto) {
+    using T = decltype(element);
+    select_conv<T>(p, selection, static_cast<T*>(y), runner);
+  });
+}
+
 inline void values(
     const MaskSpec& spec, const float* logits, int64_t count, float* out, const Runner& runner) {
   if (spec.hard) {
@@ -71,8 +87,17 @@ inline bool top_k_any(const TopKProblem& p, uint8_t* const* masks, const Runner&
 
 constexpr Kernels table(const char* name) {
   return {
-      name,   linear_forward_any, linear_backward_any, conv_forward_any, conv_backward_any,
-      values, sample_bits,        sample_backward,     top_k_any,
+      name,
+      linear_forward_any,
+      linear_backward_any,
+      conv_forward_any,
+      conv_backward_any,
+      select_linear_any,
+      select_conv_any,
+      values,
+      sample_bits,
+      sample_backward,
+      top_k_any,
   };
 }
 

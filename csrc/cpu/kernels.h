@@ -91,12 +91,40 @@ struct TopKProblem {
   bool packed;  // masks of one bit per score instead of one byte
 };
 
+// Masks of one parameter, a bit per element in row-major order, the lowest bit first.
+struct SetBits {
+  const uint8_t* bits;  // [sets, bytes] or null
+  int64_t sets;
+  int64_t bytes;
+};
+
+// Consecutive rows, or images, that see the masks of one set.
+struct SetRun {
+  int64_t set;
+  int64_t first;
+  int64_t count;  // at most kMostOfRun
+};
+
+constexpr int64_t kMostOfRun = 256;
+
+// Which masks the rows of a batch see. The other operands are those of a masked product, with all
+// rows in one group and no logits.
+struct Selection {
+  SetBits masks;
+  SetBits bias_masks;
+  const SetRun* runs;  // cover all rows of x
+  int64_t run_count;
+  const int64_t* places;  // the row of y for each row of x
+};
+
 struct Kernels {
   const char* capability;
   void (*linear_forward)(const LinearProblem&, void* y, const Runner&);
   void (*linear_backward)(const LinearProblem&, const Gradients&, const Runner&);
   void (*conv_forward)(const ConvProblem&, void* y, const Runner&);
   void (*conv_backward)(const ConvProblem&, const Gradients&, const Runner&);
+  void (*select_linear)(const LinearProblem&, const Selection&, void* y, const Runner&);
+  void (*select_conv)(const ConvProblem&, const Selection&, void* y, const Runner&);
   // values: [samples, sets, count]
   void (*sample_values)(const MaskSpec&, const float* logits, int64_t count, float*, const Runner&);
   // bits: [samples, sets, ceil(count / 8)]

@@ -32,6 +32,7 @@
 #include "mask_rows.h"
 #include "masked_linear_kernels.h"
 #include "masked_conv_kernels.h"
+#include "select_kernels.h"
 #include "sample_mask_kernels.h"
 #include "top_k_kernels.h"
 #include "capability.h"

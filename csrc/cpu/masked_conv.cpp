@@ -3,19 +3,16 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
+#include "conv_geometry.h"
 
 namespace modmask {
 
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-
 // Everything that both directions need, with the contiguous copies it points into.
 struct ConvArguments {
   Contiguous x, weight, logits, bias, bias_logits, seed;
   ConvProblem problem;
-  std::vector<int64_t> out_sizes;
 
   ConvArguments(
       const Tensor& x_,
@@ -43,19 +40,12 @@ struct ConvArguments {
         seed(seed_) {
     check_float32(logits_, "logits");
     check_same_type(weight_, x_, "weight");
-    STD_TORCH_CHECK(
-        weight_.dim() == 4 && x_.dim() == 4, "x and weight must have two spatial dimensions");
-    const int64_t outputs = weight_.size(0);
+    problem = conv_geometry(x_, weight_, stride, padding, dilation, groups);
+    const int64_t outputs = problem.outputs;
     const int64_t sets = logits_.dim() == 5 ? logits_.size(0) : 1;
     STD_TORCH_CHECK(
         (logits_.dim() == 4 || logits_.dim() == 5) && logits_.numel() == sets * weight_.numel(),
         "logits must have the shape of weight or [sets, *weight]");
-    STD_TORCH_CHECK(
-        groups > 0 && x_.size(1) == weight_.size(1) * groups && outputs % groups == 0,
-        "the channels of x and weight must fit the groups of the convolution");
-    STD_TORCH_CHECK(
-        stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
-        "stride and dilation must be two numbers, padding four");
     if (bias_.has_value()) {
       check_same_type(*bias_, x_, "bias");
       STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == outputs, "bias must be [out]");
@@ -73,28 +63,7 @@ struct ConvArguments {
         parts > 0 && x_.size(0) % parts == 0,
         "the batch of x does not divide into sets * samples groups");
     problem.bias_tensor_id = bias_tensor_id;
-    problem.dtype = element_type(x_);
     problem.images = x_.size(0) / parts;
-    problem.conv_groups = groups;
-    problem.channels = x_.size(1);
-    problem.outputs = outputs;
-    out_sizes = {x_.size(0), outputs, 0, 0};
-    for (int i = 0; i < 2; ++i) {
-      problem.size[i] = x_.size(2 + i);
-      problem.kernel[i] = weight_.size(2 + i);
-      problem.stride[i] = stride[i];
-      problem.dilation[i] = dilation[i];
-      problem.padding[i] = padding[2 * i];
-      STD_TORCH_CHECK(
-          problem.kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[2 * i] >= 0 &&
-              padding[2 * i + 1] >= 0,
-          "kernel, stride and dilation must be positive, padding not negative");
-      const int64_t room = problem.size[i] + padding[2 * i] + padding[2 * i + 1] -
-                           dilation[i] * (problem.kernel[i] - 1) - 1;
-      STD_TORCH_CHECK(room >= 0, "the kernel is larger than the padded input");
-      problem.out_size[i] = room / stride[i] + 1;
-      out_sizes[2 + i] = problem.out_size[i];
-    }
     problem.x = x.data();
     problem.weight = weight.data();
     problem.logits = logits.floats();
@@ -128,7 +97,7 @@ Tensor masked_conv(
   const ConvArguments a(
       x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
       bias_tensor_id, sample_offset, element_offset, samples, tau, hard);
-  Tensor y = empty_like(x, IntHeaderOnlyArrayRef(a.out_sizes.data(), a.out_sizes.size()));
+  Tensor y = empty_like(x, conv_sizes(x, a.problem));
   if (!a.empty()) {
     active_kernels().conv_forward(a.problem, y.mutable_data_ptr(), torch_runner());
   }

@@ -347,6 +347,138 @@ inline void scatter(
 
 // ---- forward ----
 
+// The product of weight tiles with the patches of some blocks of pixels, kept until all channels
+// are summed.
+class PatchProduct {
+ public:
+  // `chunk` blocks at a time, of at most `rows` outputs
+  PatchProduct(
+      const ConvProblem& p,
+      const ConvShape& s,
+      const PixelBlocks& pixels,
+      int64_t panel_channels,
+      int64_t rows,
+      int64_t chunk)
+      : p_(p),
+        s_(s),
+        pixels_(pixels),
+        channels_(panel_channels),
+        planes_of_(p, s, pixels.largest(), panel_channels),
+        block_pixels_(padded(pixels.largest().pixels(p), kTileColumns)),
+        step_(spread(chunk * block_pixels_)),
+        rows_(rows) {}
+
+  size_t need() const {
+    return Scratch::need(planes_of_.size()) + Scratch::need(channels_ * s_.kernel * kTileColumns) +
+           Scratch::need(rows_ * step_) + Scratch::need(2 * block_pixels_) +
+           Scratch::need(2 * channels_ * s_.kernel);
+  }
+
+  // The scratch has been reserved with `need`.
+  void take(Scratch& scratch) {
+    planes_ = scratch.floats(planes_of_.size());
+    panel_ = scratch.floats(channels_ * s_.kernel * kTileColumns);
+    result_ = scratch.floats(rows_ * step_);
+    starts_ = scratch.integers(block_pixels_);
+    values_ = scratch.integers(channels_ * s_.kernel);
+    planes_of_.find_values(channels_, values_);
+  }
+
+  // Adds the channels [t0, t0 + t_count) of a convolution group, which the tile holds, of blocks
+  // [b0, b1); x at the first image.
+  template <typename T>
+  void add(
+      const T* x,
+      int64_t conv_group,
+      const float* tile,
+      int64_t tile_step,
+      int64_t o_count,
+      int64_t t0,
+      int64_t t_count,
+      int64_t b0,
+      int64_t b1) {
+    TileAhead nothing_ahead{Lines(), Lines(), Lines(), 1};
+    for (int64_t b = b0; b < b1; ++b) {
+      const PixelBlock block = pixels_.block(b);
+      const int64_t count = block.pixels(p_);
+      if (!block.as_large_as(found_)) {
+        planes_of_.find_pixels(block, starts_);
+        found_ = block;
+      }
+      for (int64_t c0 = 0; c0 < t_count; c0 += channels_) {
+        const int64_t c_count = t_count - c0 < channels_ ? t_count - c0 : channels_;
+        const int64_t channel = conv_group * s_.channels + t0 + c0;
+        planes_of_.fill(x + channel * p_.size[0] * p_.size[1], block, c_count, planes_);
+        for (int64_t i = 0; i < count; i += kTileColumns) {
+          const int64_t lanes = count - i < kTileColumns ? count - i : kTileColumns;
+          gather(planes_, starts_ + i, lanes, values_, c_count * s_.kernel, panel_);
+          forward_panel<2>(
+              tile + c0 * s_.kernel, tile_step, o_count, panel_, c_count * s_.kernel,
+              result_ + (b - b0) * block_pixels_ + i, step_, t0 == 0 && c0 == 0, nothing_ahead);
+        }
+      }
+    }
+  }
+
+  // Adds the bias and writes the outputs [o0, o0 + o_count) of all channels; image(n) is the place
+  // of the n-th image of y.
+  template <typename Image>
+  void write(
+      const float* bias, int64_t o0, int64_t o_count, int64_t b0, int64_t b1, const Image& image) {
+    for (int64_t b = b0; b < b1; ++b) {
+      const PixelBlock block = pixels_.block(b);
+      const int64_t each = block.rows * p_.out_size[1];
+      for (int64_t n = 0; n < block.images; ++n) {
+        auto* to = image(block.image + n);
+        for (int64_t o = 0; o < o_count; ++o) {
+          float* from = result_ + o * step_ + (b - b0) * block_pixels_ + n * each;
+          for (int64_t i = 0; i < each; ++i) {
+            from[i] += bias[o];
+          }
+          narrow_row(from, to + (o0 + o) * s_.out_pixels + block.row * p_.out_size[1], each);
+        }
+      }
+    }
+  }
+
+ private:
+  const ConvProblem& p_;
+  const ConvShape& s_;
+  const PixelBlocks& pixels_;
+  int64_t channels_;
+  Planes planes_of_;
+  int64_t block_pixels_;
+  int64_t step_;
+  int64_t rows_;
+  PixelBlock found_{};  // whose pixels `starts_` holds
+  float* planes_ = nullptr;
+  float* panel_ = nullptr;
+  float* result_ = nullptr;
+  int64_t* starts_ = nullptr;
+  int64_t* values_ = nullptr;
+};
+
+// Channels of a weight tile and of a panel. The tile holds whole channels, and as many of them as
+// possible; the cut decides where sums are rounded, so it must not depend on the threads.
+struct ChannelCut {
+  int64_t tile;
+  int64_t panel;
+  bool one_tile;
+  int64_t step;  // from row to row of a tile
+
+  explicit ChannelCut(const ConvShape& s) {
+    const int64_t most_rows = s.outputs < kConvRows ? s.outputs : kConvRows;
+    tile = kConvTile / (most_rows * s.kernel);
+    tile = tile > 1 ? tile : 1;
+    tile = ceil_div(s.channels, ceil_div(s.channels, tile));
+    panel = kConvDepth / s.kernel;
+    panel = panel > 1 ? panel : 1;
+    panel = ceil_div(tile, ceil_div(tile, panel));
+    one_tile = tile == s.channels;
+    step = spread(padded(tile * s.kernel));
+  }
+};
+
 template <typename T, bool kHard>
 void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
   const MaskSpec& spec = p.mask;
@@ -354,10 +486,8 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
   const int64_t groups = spec.sets * spec.samples;
-
   const PixelBlocks pixels(p);
-  const PixelBlock largest = pixels.largest();
-  const int64_t block_pixels = padded(largest.pixels(p), kTileColumns);
+  const int64_t block_pixels = padded(pixels.largest().pixels(p), kTileColumns);
 
   // a task draws the masks of its rows once per sample and slice of the pixels
   const int64_t others = spec.sets * p.conv_groups * ceil_div(s.outputs, kConvRows);
@@ -367,22 +497,9 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
   slices = slices < pixels.count() ? slices : pixels.count();
   const Blocks rows(
       s.outputs, kConvRows, 2 * kTileRows, spec.sets * p.conv_groups * slices, runner.threads);
-
-  // the tile holds whole channels, and as many of them as possible; the cut decides where sums are
-  // rounded, so it must not depend on the threads
-  const int64_t most_rows = s.outputs < kConvRows ? s.outputs : kConvRows;
-  int64_t tile_channels = kConvTile / (most_rows * s.kernel);
-  tile_channels = tile_channels > 1 ? tile_channels : 1;
-  tile_channels = ceil_div(s.channels, ceil_div(s.channels, tile_channels));
-  int64_t panel_channels = kConvDepth / s.kernel;
-  panel_channels = panel_channels > 1 ? panel_channels : 1;
-  panel_channels = ceil_div(tile_channels, ceil_div(tile_channels, panel_channels));
-  const bool one_tile = tile_channels == s.channels;
-  const int64_t tile_step = spread(padded(tile_channels * s.kernel));
-  const Planes planes_of(p, s, largest, panel_channels);
+  const ChannelCut cut(s);
   // blocks of pixels whose results are kept while the masks change
-  const int64_t chunk = one_tile ? 1 : ceil_div(kConvSlice, block_pixels);
-  const int64_t result_step = spread(chunk * block_pixels);
+  const int64_t chunk = cut.one_tile ? 1 : ceil_div(kConvSlice, block_pixels);
 
   const double cost = static_cast<double>(groups * p.images * s.out_pixels) *
                       static_cast<double>(p.outputs * s.depth) / kLanes;
@@ -398,84 +515,45 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
     const float* logits = p.logits + set * p.outputs * s.depth;
 
     thread_local Scratch scratch;
-    const int64_t tile_size = rows.largest() * tile_step;
-    const int64_t word_count = words_needed(tile_step > kConvRows ? tile_step : kConvRows);
+    const int64_t tile_size = rows.largest() * cut.step;
+    const int64_t word_count = words_needed(cut.step > kConvRows ? cut.step : kConvRows);
+    PatchProduct product(p, s, pixels, cut.panel, rows.largest(), chunk);
     const auto lease = scratch.reserve(
-        3 * Scratch::need(tile_size) + Scratch::need(word_count) + Scratch::need(planes_of.size()) +
-        Scratch::need(panel_channels * s.kernel * kTileColumns) +
-        Scratch::need(rows.largest() * result_step) + 2 * Scratch::need(kConvRows) +
-        Scratch::need(2 * block_pixels) + Scratch::need(2 * panel_channels * s.kernel));
+        3 * Scratch::need(tile_size) + Scratch::need(word_count) + 2 * Scratch::need(kConvRows) +
+        product.need());
     float* exps = scratch.floats(tile_size);
     float* wide = scratch.floats(tile_size);
     float* tile = scratch.floats(tile_size);
     uint32_t* words = scratch.words(word_count);
-    float* planes = scratch.floats(planes_of.size());
-    float* panel = scratch.floats(panel_channels * s.kernel * kTileColumns);
-    float* result = scratch.floats(rows.largest() * result_step);
     float* bias_values = scratch.floats(kConvRows);
     float* bias_exps = scratch.floats(kConvRows);
-    int64_t* starts = scratch.integers(block_pixels);
-    int64_t* values = scratch.integers(panel_channels * s.kernel);
-    TileAhead nothing_ahead{Lines(), Lines(), Lines(), 1};
+    product.take(scratch);
 
-    planes_of.find_values(panel_channels, values);
-    PixelBlock found{};  // whose pixels `starts` holds
     for (int64_t k = 0; k < spec.samples; ++k) {
       const RowMasks masks(spec, set, k, spec.tensor_id);
       const int64_t first_image = (set * spec.samples + k) * p.images;
       masked_bias<T, kHard>(p, set, k, o0, o_count, bias_values, bias_exps, words);
       for (int64_t b0 = first_block; b0 < last_block; b0 += chunk) {
         const int64_t b1 = last_block - b0 < chunk ? last_block : b0 + chunk;
-        for (int64_t t0 = 0; t0 < s.channels; t0 += tile_channels) {
-          const int64_t t_count = s.channels - t0 < tile_channels ? s.channels - t0 : tile_channels;
+        for (int64_t t0 = 0; t0 < s.channels; t0 += cut.tile) {
+          const int64_t t_count = s.channels - t0 < cut.tile ? s.channels - t0 : cut.tile;
           const int64_t depth = t_count * s.kernel;
-          if (!one_tile || (k == 0 && b0 == first_block)) {
+          if (!cut.one_tile || (k == 0 && b0 == first_block)) {
             load_tile(
-                weight, logits, s.depth, o0, o_count, t0 * s.kernel, depth, tile_step, wide, exps);
+                weight, logits, s.depth, o0, o_count, t0 * s.kernel, depth, cut.step, wide, exps);
           }
-          if (!one_tile || b0 == first_block) {
+          if (!cut.one_tile || b0 == first_block) {
             mask_rows<kHard>(
                 spec, masks, logits, s.depth, o0 * s.depth + t0 * s.kernel, o_count, depth,
-                tile_step, wide, exps, tile, words);
+                cut.step, wide, exps, tile, words);
           }
-          for (int64_t b = b0; b < b1; ++b) {
-            const PixelBlock block = pixels.block(b);
-            const int64_t count = block.pixels(p);
-            if (!block.as_large_as(found)) {
-              planes_of.find_pixels(block, starts);
-              found = block;
-            }
-            for (int64_t c0 = 0; c0 < t_count; c0 += panel_channels) {
-              const int64_t c_count = t_count - c0 < panel_channels ? t_count - c0 : panel_channels;
-              const int64_t channel = conv_group * s.channels + t0 + c0;
-              planes_of.fill(
-                  x + (first_image * p.channels + channel) * p.size[0] * p.size[1], block, c_count,
-                  planes);
-              for (int64_t i = 0; i < count; i += kTileColumns) {
-                const int64_t lanes = count - i < kTileColumns ? count - i : kTileColumns;
-                gather(planes, starts + i, lanes, values, c_count * s.kernel, panel);
-                forward_panel<2>(
-                    tile + c0 * s.kernel, tile_step, o_count, panel, c_count * s.kernel,
-                    result + (b - b0) * block_pixels + i, result_step, t0 == 0 && c0 == 0,
-                    nothing_ahead);
-              }
-            }
-          }
+          product.add(
+              x + first_image * p.channels * p.size[0] * p.size[1], conv_group, tile, cut.step,
+              o_count, t0, t_count, b0, b1);
         }
-        for (int64_t b = b0; b < b1; ++b) {
-          const PixelBlock block = pixels.block(b);
-          const int64_t each = block.rows * p.out_size[1];
-          for (int64_t n = 0; n < block.images; ++n) {
-            T* image = y + (first_image + block.image + n) * p.outputs * s.out_pixels;
-            for (int64_t o = 0; o < o_count; ++o) {
-              float* from = result + o * result_step + (b - b0) * block_pixels + n * each;
-              for (int64_t i = 0; i < each; ++i) {
-                from[i] += bias_values[o];
-              }
-              narrow_row(from, image + (o0 + o) * s.out_pixels + block.row * p.out_size[1], each);
-            }
-          }
-        }
+        product.write(bias_values, o0, o_count, b0, b1, [&](int64_t n) {
+          return y + (first_image + n) * p.outputs * s.out_pixels;
+        });
       }
     }
   });

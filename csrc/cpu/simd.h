@@ -124,6 +124,18 @@ MODMASK_INLINE vf where_less(vf a, vf b, vf v) {
 #endif
 }
 
+// v in the lanes whose bit is set, else 0; the lowest bit is lane 0.
+MODMASK_INLINE vf where_bits(uint32_t bits, vf v) {
+#if defined(MODMASK_AVX512)
+  return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+#else
+  static constexpr uint32_t kLaneBits[16] = {
+      1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  const vu lane = load(kLaneBits);
+  return (vf)((((bits - vu{}) & lane) == lane) & (vi)v);
+#endif
+}
+
 // Bit i set iff a[i] < b[i].
 MODMASK_INLINE uint32_t bits_less(vf a, vf b) {
 #if defined(MODMASK_AVX512)

@@ -3,6 +3,7 @@
 from .masked_conv import masked_conv1d, masked_conv2d
 from .masked_linear import masked_linear
 from .sample_mask import pack_bits, sample_mask, sample_mask_packed, unpack_bits
+from .select import select_conv1d, select_conv2d, select_linear
 from .top_k_mask import top_k_mask
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "pack_bits",
     "sample_mask",
     "sample_mask_packed",
+    "select_conv1d",
+    "select_conv2d",
+    "select_linear",
     "top_k_mask",
     "unpack_bits",
 ]

@@ -121,14 +121,20 @@ def differentiable(
 
 def differentiable_once(name: str) -> Callable[..., Any]:
     """`differentiable` for a backward operation: its own gradient is a clear error."""
+    return without_gradient(
+        name,
+        "masked operations have no second derivative. Use backend 'reference' "
+        "(MODMASK_BACKEND=reference) where one is needed.",
+    )
+
+
+def without_gradient(name: str, reason: str) -> Callable[..., Any]:
+    """`differentiable` for an operation whose gradient is a clear error."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{NAMESPACE}::{name} cannot be differentiated: masked operations have no second "
-            "derivative. Use backend 'reference' (MODMASK_BACKEND=reference) where one is needed."
-        )
+        raise RuntimeError(f"{NAMESPACE}::{name} cannot be differentiated: {reason}")
 
     return differentiable(name, setup_context, backward)

@@ -55,6 +55,22 @@ modmask::Gradients gradients_of(const Gradients& given) {
   return d;
 }
 
+modmask::LinearProblem problem_of(const Draw& draw, const Linear& l) {
+  modmask::LinearProblem p{};
+  p.mask = spec_of(draw);
+  p.bias_tensor_id = draw.tensor_id + 1;
+  p.dtype = static_cast<modmask::DType>(l.dtype);
+  p.rows = l.rows;
+  p.in = l.in;
+  p.out = l.out;
+  p.x = l.x;
+  p.weight = l.weight;
+  p.logits = l.logits;
+  p.bias = l.bias;
+  p.bias_logits = l.bias_logits;
+  return p;
+}
+
 modmask::ConvProblem problem_of(const Draw& draw, const Conv& c) {
   modmask::ConvProblem p{};
   p.mask = spec_of(draw);
@@ -80,6 +96,16 @@ modmask::ConvProblem problem_of(const Draw& draw, const Conv& c) {
   return p;
 }
 
+modmask::Selection selection_of(const Select& s) {
+  static_assert(sizeof(modmask::SetRun) == 3 * sizeof(int64_t));
+  return {
+      {s.masks, s.sets, s.octets},
+      {s.bias_masks, s.sets, s.bias_octets},
+      reinterpret_cast<const modmask::SetRun*>(s.runs),
+      s.run_count,
+      s.places};
+}
+
 }  // namespace
 
 extern "C" {
@@ -93,36 +119,21 @@ const char* table_name(int table) {
 }
 
 void linear_forward(int table, int threads, const Draw* draw, const Linear* l, void* y) {
-  modmask::LinearProblem p{};
-  p.mask = spec_of(*draw);
-  p.bias_tensor_id = draw->tensor_id + 1;
-  p.dtype = static_cast<modmask::DType>(l->dtype);
-  p.rows = l->rows;
-  p.in = l->in;
-  p.out = l->out;
-  p.x = l->x;
-  p.weight = l->weight;
-  p.logits = l->logits;
-  p.bias = l->bias;
-  p.bias_logits = l->bias_logits;
-  kTables[table]->linear_forward(p, y, {threads, run_threads});
+  kTables[table]->linear_forward(problem_of(*draw, *l), y, {threads, run_threads});
 }
 
 void linear_backward(
     int table, int threads, const Draw* draw, const Linear* l, const Gradients* given) {
-  modmask::LinearProblem p{};
-  p.mask = spec_of(*draw);
-  p.bias_tensor_id = draw->tensor_id + 1;
-  p.dtype = static_cast<modmask::DType>(l->dtype);
-  p.rows = l->rows;
-  p.in = l->in;
-  p.out = l->out;
-  p.x = l->x;
-  p.weight = l->weight;
-  p.logits = l->logits;
-  p.bias = l->bias;
-  p.bias_logits = l->bias_logits;
-  kTables[table]->linear_backward(p, gradients_of(*given), {threads, run_threads});
+  kTables[table]->linear_backward(
+      problem_of(*draw, *l), gradients_of(*given), {threads, run_threads});
+}
+
+void select_linear(int table, int threads, const Linear* l, const Select* s, void* y) {
+  kTables[table]->select_linear(problem_of({}, *l), selection_of(*s), y, {threads, run_threads});
+}
+
+void select_conv(int table, int threads, const Conv* c, const Select* s, void* y) {
+  kTables[table]->select_conv(problem_of({}, *c), selection_of(*s), y, {threads, run_threads});
 }
 
 void conv_forward(int table, int threads, const Draw* draw, const Conv* c, void* y) {
@@ -145,8 +156,8 @@ int top_k(
     int64_t k,
     int packed,
     uint8_t* const* masks) {
-  const modmask::TopKProblem p{
-      scores, counts, tensors, static_cast<modmask::DType>(dtype), k, true, packed != 0};
+  const modmask::TopKProblem p{scores, counts, tensors,    static_cast<modmask::DType>(dtype),
+                               k,      true,   packed != 0};
   return kTables[table]->top_k(p, masks, {threads, run_threads});
 }
 

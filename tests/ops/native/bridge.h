@@ -56,12 +56,25 @@ struct Conv {
   const float* bias_logits;
 };
 
+struct Select {
+  const uint8_t* masks;  // [sets, octets]
+  const uint8_t* bias_masks;
+  int64_t sets;
+  int64_t octets;
+  int64_t bias_octets;
+  const int64_t* runs;  // set, first row and number of rows of each
+  int64_t run_count;
+  const int64_t* places;
+};
+
 int table_count();
 const char* table_name(int table);
 void linear_forward(int table, int threads, const Draw*, const Linear*, void* y);
 void linear_backward(int table, int threads, const Draw*, const Linear*, const Gradients*);
 void conv_forward(int table, int threads, const Draw*, const Conv*, void* y);
 void conv_backward(int table, int threads, const Draw*, const Conv*, const Gradients*);
+void select_linear(int table, int threads, const Linear*, const Select*, void* y);
+void select_conv(int table, int threads, const Conv*, const Select*, void* y);
 void sample_values(
     int table, int threads, const Draw*, const float* logits, int64_t count, float* values);
 void sample_bits(

@@ -311,6 +311,68 @@ void run_top_k(int64_t dtype) {
   }
 }
 
+// `rows` of three sets, the second of which has none; the bits end where their allocation ends.
+template <typename Problem, typename Call>
+void run_select(
+    Problem p,
+    int64_t rows,
+    int64_t x_each,
+    int64_t outputs,
+    int64_t w_count,
+    int64_t y_each,
+    bool bias_masked,
+    const Call& call) {
+  const size_t size = size_of(p.dtype);
+  const int64_t octets = (w_count + 7) / 8, bias_octets = (outputs + 7) / 8;
+  Buffer x(rows * x_each, size), weight(w_count, size), bias(outputs, size);
+  Buffer masks(3 * octets, 1), bias_masks(3 * bias_octets, 1);
+  fill(x, rows * x_each, p.dtype);
+  fill(weight, w_count, p.dtype);
+  fill(bias, outputs, p.dtype);
+  for (Buffer* b : {&masks, &bias_masks}) {
+    for (int64_t i = 0; i < (b == &masks ? 3 * octets : 3 * bias_octets); ++i) {
+      static_cast<uint8_t*>(b->data())[i] = static_cast<uint8_t>(random_value() * 1e4f);
+    }
+  }
+  p.x = x.data();
+  p.weight = weight.data();
+  p.bias = bias.data();
+  const int64_t few = rows > 1 ? rows / 3 + 1 : 0;
+  const std::vector<int64_t> runs = {0, 0, few, 2, few, rows - few};
+  std::vector<int64_t> places;
+  for (int64_t i = 0; i < rows; ++i) {
+    places.push_back(rows - 1 - i);
+  }
+  const int64_t first = few > 0 ? 0 : 3;
+  const Select select{
+      static_cast<uint8_t*>(masks.data()),
+      bias_masked ? static_cast<uint8_t*>(bias_masks.data()) : nullptr,
+      3,
+      octets,
+      bias_octets,
+      runs.data() + first,
+      few > 0 ? 2 : 1,
+      places.data()};
+  std::string of_first_table;
+  for (int table = 0; table < table_count(); ++table) {
+    std::string of_one_thread;
+    for (const int threads : {1, 3}) {
+      const std::string name = std::string(table_name(table)) + " selection, rows " +
+                               std::to_string(rows) + ", weights " + std::to_string(w_count) +
+                               ", dtype " + std::to_string(p.dtype);
+      Buffer y(rows * y_each, size);
+      call(table, threads, &p, &select, y.data());
+      expect(y.guarded() && y.written(), "y of " + name);
+      of_one_thread = threads == 1 ? y.bits() : of_one_thread;
+      expect(y.bits() == of_one_thread, "threads change " + name);
+    }
+    of_first_table = table == 0 ? of_one_thread : of_first_table;
+    expect(
+        p.dtype != 0 || difference(of_first_table, of_one_thread) < 1e-4f,
+        "tables differ in a selection of " + std::to_string(rows) + " rows");
+  }
+}
+
 void run_sampling(int64_t count, const Draw& draw) {
   const int64_t all = draw.sets * draw.samples * count, octets = (count + 7) / 8;
   Buffer logits(draw.sets * count, 4), dvalues(all, 4);
@@ -355,6 +417,12 @@ int main() {
                         variant % 2 ? 1.0f : 0.7f,   hard};
         run_linear(s, dtype, draw, variant % 3, 7);
         run_linear(s, dtype, draw, (variant + 2) % 3, 1 + variant % 6);
+        Linear linear{};
+        linear.dtype = dtype;
+        linear.rows = s.rows;
+        linear.in = s.in;
+        linear.out = s.out;
+        run_select(linear, s.rows, s.in, s.out, s.out * s.in, s.out, threshold, select_linear);
         ++variant;
       }
     }
@@ -374,9 +442,14 @@ int main() {
       Conv typed = c;
       typed.dtype = dtype;
       const bool hard = variant % 3 != 0;
-      const Draw draw{variant % 4 == 3 ? nullptr : seeds, 2, 2, 1, variant % 7, 2,
+      const Draw draw{variant % 4 == 3 ? nullptr : seeds, 2,   2, 1, variant % 7, 2,
                       variant % 2 ? 1.0f : 0.7f,          hard};
       run_conv(typed, draw, variant % 3, variant % 2 ? 7 : 5);
+      const int64_t kernel = c.kernel[0] * c.kernel[1];
+      run_select(
+          typed, c.images, c.channels * c.size[0] * c.size[1], c.outputs,
+          c.outputs * (c.channels / c.conv_groups) * kernel,
+          c.outputs * c.out_size[0] * c.out_size[1], variant % 2 == 0, select_conv);
       ++variant;
     }
     run_conv(c, {seeds, 1, 1, 0, 0, 1, 1.0f, 1}, 0, 4);
