@@ -4,7 +4,16 @@ __version__ = "0.1.0"
 
 from . import analysis, masks, nn, ops
 from .explain import explain
-from .masks import MaskSet, learn_masks, mask_model, set_mode, unmask_model, use_set
+from .masks import (
+    MaskSet,
+    learn_masks,
+    mask_model,
+    select_masks,
+    set_mode,
+    unmask_model,
+    use_set,
+    use_sets,
+)
 from .nn import MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedMultiheadAttention
 
 __all__ = [
@@ -21,7 +30,9 @@ __all__ = [
     "masks",
     "nn",
     "ops",
+    "select_masks",
     "set_mode",
     "unmask_model",
     "use_set",
+    "use_sets",
 ]

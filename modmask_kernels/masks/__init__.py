@@ -4,6 +4,7 @@ from .convert import mask_model, masked_layers, set_mode, unmask_model, use_set
 from .fingerprint import weight_hash
 from .learn import LearnResult, learn_masks
 from .mask_set import MaskSet
+from .select import select_masks, use_sets
 
 __all__ = [
     "LearnResult",
@@ -11,8 +12,10 @@ __all__ = [
     "learn_masks",
     "mask_model",
     "masked_layers",
+    "select_masks",
     "set_mode",
     "unmask_model",
     "use_set",
+    "use_sets",
     "weight_hash",
 ]

@@ -192,7 +192,7 @@ def _below(
     return lambda child, module: accept(f"{name}.{child}" if name else child, module)
 
 
-def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, replacement: dict[int, nn.Module]) -> nn.Module:
     """Put `replacement[id(module)]` wherever that module sits; returns the root."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -201,15 +201,20 @@ def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> nn.Module:
     return replacement.get(id(model), model)
 
 
-def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let `target` use the very dictionaries of hooks of `source`, so that handles stay valid."""
     for name, value in vars(source).items():
         if "hook" in name:
             target.__dict__[name] = value
 
 
-def _close_shortcuts(model: nn.Module) -> list[tuple[str, str, Any]]:
-    """Switch off the fused inference path of PyTorch's encoder where it would skip a mask."""
+def close_shortcuts(
+    model: nn.Module, kind: type[nn.Module] = MaskedModule
+) -> list[tuple[str, str, Any]]:
+    """Switch off the fused inference path of PyTorch's encoder where it would skip a mask.
+
+    `kind`: what the layers are that have masks.
+    """
     closed: list[tuple[str, str, Any]] = []
 
     def switch_off(name: str, module: nn.Module, attribute: str, value: Any) -> None:
@@ -217,7 +222,7 @@ def _close_shortcuts(model: nn.Module) -> list[tuple[str, str, Any]]:
         setattr(module, attribute, value)
 
     for name, module in model.named_modules():
-        if not find_masked_layers(module):
+        if not any(isinstance(layer, kind) for layer in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             switch_off(name, module, "activation_relu_or_gelu", 0)
@@ -314,12 +319,12 @@ def mask_model(
             shared = logits.setdefault(id(parameter), layer.logits_of(leaf))
             layer._put_logits(leaf, shared)
         layer.batch_dim = batch_dim
-        _share_hooks(module, layer)
+        share_hooks(module, layer)
         replacement[id(module)] = layer
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    masked_model = _replace(model, replacement)
-    record.shortcuts = _close_shortcuts(masked_model)
+    masked_model = replace_modules(model, replacement)
+    record.shortcuts = close_shortcuts(masked_model)
     setattr(masked_model, _RECORD, record)
     return outer if masked_model is model else masked_model
 
@@ -357,10 +362,10 @@ def unmask_model(model: nn.Module) -> nn.Module:
         layer._drop_logits()
         for child in dense._modules:
             dense._modules[child] = layer._modules[child]
-        _share_hooks(layer, dense)
+        share_hooks(layer, dense)
         dense.train(layer.training)
         replacement[id(layer)] = dense
-    plain = _replace(model, replacement)
+    plain = replace_modules(model, replacement)
     if record is not None:
         for name, parameter in plain.named_parameters():
             parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
@@ -369,10 +374,10 @@ def unmask_model(model: nn.Module) -> nn.Module:
     return outer if plain is model else plain
 
 
-class _Switch:
+class Switch:
     """A setting of all masked layers: effective at once, undone at the end of a `with` block."""
 
-    def __init__(self, layers: Sequence[MaskedModule], attributes: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], attributes: Sequence[str]) -> None:
         self._former = [
             (layer, {name: layer.__dict__[name] for name in attributes}) for layer in layers
         ]
@@ -390,7 +395,7 @@ class _Switch:
             layer.__dict__.update(attributes)
 
 
-def use_set(model: nn.Module, set: int | str | None) -> _Switch:
+def use_set(model: nn.Module, set: int | str | None) -> Switch:
     """Let one mask set work in all masked layers; None means all sets.
 
     Like `torch.set_grad_enabled`, it takes effect when called, and used in a `with` statement it
@@ -405,13 +410,13 @@ def use_set(model: nn.Module, set: int | str | None) -> _Switch:
     """
     layers = list(masked_layers(model).values())
     active = None if set is None else (layers[0].set_index(set), 1)
-    switch = _Switch(layers, ("_active", "_views"))
+    switch = Switch(layers, ("_active", "_views"))
     for layer in layers:
         layer.active_sets = active
     return switch
 
 
-def set_mode(model: nn.Module, mode: Mode | None) -> _Switch:
+def set_mode(model: nn.Module, mode: Mode | None) -> Switch:
     """Set the mode of all masked layers: "sample", "soft", "threshold", "off" or None.
 
     Takes effect when called; used in a `with` statement it restores what was before.
@@ -421,7 +426,7 @@ def set_mode(model: nn.Module, mode: Mode | None) -> _Switch:
     """
     check_mode(mode)
     layers = list(masked_layers(model).values())
-    switch = _Switch(layers, ("_mode",))
+    switch = Switch(layers, ("_mode",))
     for layer in layers:
         layer.mode = mode
     return switch

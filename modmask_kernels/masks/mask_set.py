@@ -135,9 +135,13 @@ class MaskSet(Mapping[str, Tensor]):
         return dict(self._shapes)
 
     def __getitem__(self, name: str) -> Tensor:
+        return ops.unpack_bits(self.packed(name), self._shapes[name])
+
+    def packed(self, name: str) -> Tensor:
+        """The bits of one mask, uint8 [ceil(elements / 8)]; see `ops.pack_bits`."""
         if name not in self._packed:
             raise KeyError(f"no mask named {name!r}; there are {self.names}")
-        return ops.unpack_bits(self._packed[name], self._shapes[name])
+        return self._packed[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
@@ -385,26 +389,9 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: if the masks are for another model.
         """
         self.check(model, strict=strict)
+        owners = masked_places(model, self.names)
         baked = copy.deepcopy(unwrapped(model))
-        layers = find_masked_layers(baked)
-        places_of: dict[str, nn.Module] = {
-            name: module
-            for name, module in baked.named_modules()
-            if counterpart(module) is not None and not layers
-        }
-        places_of.update(layers)
-        # for every mask the (module, leaf) pairs it stands over; tied layers give several
-        owners: dict[str, list[tuple[str, str]]] = {}
-        pairs: dict[int, list[tuple[str, str]]] = {}
-        for n, module in places_of.items():
-            for path, parameter in module.named_parameters(n, remove_duplicate=False):
-                prefix, _, leaf = path.rpartition(".")
-                pairs.setdefault(id(parameter), []).append((prefix, leaf))
-        for name in self._shapes:
-            prefix, _, leaf = name.rpartition(".")
-            found = baked.get_submodule(prefix)._parameters.get(leaf)
-            owners[name] = pairs.get(id(found), [(prefix, leaf)])
-        if layers:
+        if find_masked_layers(baked):
             baked = unmask_model(baked)
         for name, places in owners.items():
             prefix, leaf = places[0]
@@ -415,6 +402,29 @@ class MaskSet(Mapping[str, Tensor]):
             for prefix, leaf in places:
                 baked.get_submodule(prefix)._parameters[leaf] = masked
         return baked
+
+
+def masked_places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """Where the parameters that stand under masks sit, as (module, leaf); tied ones several times.
+
+    In a masked model those are its masked layers, in a plain one the layers that can be masked; a
+    parameter elsewhere has its own place only.
+    """
+    model = unwrapped(model)
+    layers: dict[str, nn.Module] = dict(find_masked_layers(model)) or {
+        name: module for name, module in model.named_modules() if counterpart(module) is not None
+    }
+    places: dict[int, list[tuple[str, str]]] = {}
+    for n, module in layers.items():
+        for path, parameter in module.named_parameters(n, remove_duplicate=False):
+            prefix, _, leaf = path.rpartition(".")
+            places.setdefault(id(parameter), []).append((prefix, leaf))
+    found = {}
+    for name in names:
+        prefix, _, leaf = name.rpartition(".")
+        masked = model.get_submodule(prefix)._parameters.get(leaf)
+        found[name] = places.get(id(masked), [(prefix, leaf)])
+    return found
 
 
 def _parse_json(metadata: Mapping[str, str], key: str) -> Any:

@@ -5,6 +5,7 @@ from .masked_attention import MaskedMultiheadAttention
 from .masked_conv import MaskedConv1d, MaskedConv2d
 from .masked_linear import MaskedLinear
 from .masked_module import MaskedModule, Mode
+from .select import SelectAny, SelectConv1d, SelectConv2d, SelectLinear, SelectModule
 
 __all__ = [
     "MaskedAny",
@@ -14,4 +15,9 @@ __all__ = [
     "MaskedModule",
     "MaskedMultiheadAttention",
     "Mode",
+    "SelectAny",
+    "SelectConv1d",
+    "SelectConv2d",
+    "SelectLinear",
+    "SelectModule",
 ]
