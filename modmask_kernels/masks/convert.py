@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,8 +19,10 @@ from ..nn import (
     MaskedMultiheadAttention,
     Mode,
 )
+from ..nn.granularity import Granularity, check_granularity, logits_shape
 from ..nn.masked_any import names_to_mask
-from ..nn.masked_module import check_mode, name_sets
+from ..nn.masked_module import check_mode, is_bias, name_sets
+from ..ops.sample_mask.reference import threshold
 
 ESTIMATORS = ("gumbel_sigmoid",)
 
@@ -55,6 +57,16 @@ class MaskedTensor(NamedTuple):
     parameter: Tensor
     logits: nn.Parameter
     tensor_id: int
+    n_of_m: tuple[int, int] | None = None
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """The threshold mask of logits of this parameter, one set, in their own shape."""
+        return threshold(logits, self.n_of_m)
+
+    @property
+    def weights_per_logit(self) -> int:
+        """How many weights one logit covers."""
+        return self.parameter.numel() // max(self.logits[0].numel(), 1)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -103,7 +115,9 @@ def masked_tensors(layers: dict[str, MaskedModule]) -> dict[str, MaskedTensor]:
                 continue
             seen.add(id(logits))
             full = f"{name}.{leaf}" if name else leaf
-            found[full] = MaskedTensor(parameter, logits, layer.tensor_ids[leaf])
+            found[full] = MaskedTensor(
+                parameter, logits, layer.tensor_ids[leaf], layer.n_of_m(leaf)
+            )
     return found
 
 
@@ -192,6 +206,40 @@ def _below(
     return lambda child, module: accept(f"{name}.{child}" if name else child, module)
 
 
+def _granularities(
+    granularity: Granularity | Callable[[str, nn.Module], Granularity],
+    layers: Mapping[str, tuple[nn.Module, Any]],
+    accept: Callable[[str, nn.Module], bool] | None,
+    bias: bool,
+) -> dict[str, Granularity]:
+    """What one logit covers in each layer, checked against the layer's parameters."""
+    chosen: dict[str, Granularity] = {}
+    shapes: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for name, (module, _) in layers.items():
+        of_layer = granularity(name, module) if callable(granularity) else granularity
+        chosen[name] = check_granularity(of_layer)
+        for leaf in names_to_mask(module, bias, _below(name, accept)):
+            parameter = module.get_parameter(leaf)
+            if is_bias(leaf):
+                continue
+            try:
+                shape = logits_shape(chosen[name], parameter.shape)
+            except ValueError as error:
+                raise ValueError(f"{error} (layer {name!r})") from None
+            first, expected = shapes.setdefault(id(parameter), (name, shape))
+            if shape != expected or chosen[name] != chosen[first]:
+                raise ValueError(
+                    f"granularity: {first!r} and {name!r} share a weight, so they need the same, "
+                    f"got {chosen[first]!r} and {chosen[name]!r}"
+                )
+    return chosen
+
+
+def _described(granularity: object, chosen: Mapping[str, Granularity]) -> Any:
+    """The granularity as plain values, for the record."""
+    return dict(chosen) if callable(granularity) else granularity
+
+
 def replace_modules(model: nn.Module, replacement: dict[int, nn.Module]) -> nn.Module:
     """Put `replacement[id(module)]` wherever that module sits; returns the root."""
     for parent in list(model.modules()):
@@ -242,6 +290,7 @@ def mask_model(
     bias: bool = False,
     tau: float = 1.0,
     init: float = 2.0,
+    granularity: Granularity | Callable[[str, nn.Module], Granularity] = "weight",
     batch_dim: int = 0,
 ) -> nn.Module:
     """Lay masks over the layers of a model, in place, and freeze all its weights.
@@ -263,6 +312,8 @@ def mask_model(
             copy of its parameters (`nn.MaskedAny`).
         bias: whether biases are masked as well.
         tau, init: temperature, and initial value of the logits.
+        granularity: what one logit covers, "weight", "row" or others (see `Granularity` and
+            docs/granularity.md), or ``granularity(name, module)`` that says it for each layer.
         batch_dim: dimension of the batch in the inputs of the layers (1 for time-major models).
 
     Returns:
@@ -294,6 +345,7 @@ def mask_model(
             + ("" if filter is None else " and that the filter accepts")
         )
 
+    chosen = _granularities(granularity, plain, filter, bias)
     number = {id(parameter): n for n, (_, parameter) in enumerate(model.named_parameters())}
     record = MaskRecord(
         settings={
@@ -302,6 +354,7 @@ def mask_model(
             "tau": float(tau),
             "init": float(init),
             "bias": bool(bias),
+            **({} if granularity == "weight" else {"granularity": _described(granularity, chosen)}),
         },
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
         dense={name: module for name, (module, _) in plain.items()},
@@ -309,7 +362,11 @@ def mask_model(
     replacement: dict[int, nn.Module] = {}
     logits: dict[int, nn.Parameter] = {}
     for name, (module, masked_type) in plain.items():
-        options = {"accept": _below(name, filter)} if masked_type is MaskedAny else {}
+        options: dict[str, Any] = {}
+        if masked_type is MaskedAny:
+            options["accept"] = _below(name, filter)
+        if chosen[name] != "weight":
+            options["granularity"] = chosen[name]
         layer: MaskedModule = masked_type.from_dense(
             module, sets=names, samples=samples, tau=tau, mask_bias=bias, init=init, **options
         )

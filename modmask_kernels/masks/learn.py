@@ -40,7 +40,8 @@ class LearnResult:
         step: number of steps done, over all resumed parts.
         metrics: one row per set and interval: "step" (steps done), "set", "loss" (task loss of
             that step), "grad_norm" (of the set's logits, penalty included, before clipping),
-            "kept" (fraction of logits above 0), "seconds" (since the start).
+            "kept" (fraction of the weights that the threshold masks keep), "seconds" (since the
+            start).
         time: seconds spent, over all resumed parts.
         masks: the threshold masks with their logits, by name of the set.
     """

@@ -313,9 +313,11 @@ class Learner:
 
     def row(self, stream: Stream, step: int, seconds: float) -> dict[str, Any]:
         """The metrics of one set after `step` steps; FloatingPointError for NaN logits."""
-        kept = 0
-        for name, row in zip(self.tensors, stream.rows, strict=True):
-            kept += int(torch.count_nonzero(row > 0))
+        kept = total = 0
+        for (name, tensor), row in zip(self.tensors.items(), stream.rows, strict=True):
+            covered = tensor.weights_per_logit
+            kept += covered * int(torch.count_nonzero(tensor.kept(row[0])))
+            total += tensor.parameter.numel()
             # kernels drop a weight whose logit is NaN, so that no loss tells of it
             if bool(row.isnan().any()):
                 raise FloatingPointError(
@@ -326,7 +328,7 @@ class Learner:
             "set": stream.name,
             "loss": float(stream.loss),
             "grad_norm": float(stream.norm),
-            "kept": kept / max(sum(row.numel() for row in stream.rows), 1),
+            "kept": kept / max(total, 1),
             "seconds": seconds,
         }
 
@@ -353,7 +355,10 @@ class Learner:
             "samples": self.samples,
             "tau": [layer.tau for layer in self.layers.values()],
             "batch_dim": self.settings.batch_dim,
-            "tensors": {n: [t.tensor_id, *t.parameter.shape] for n, t in self.tensors.items()},
+            "tensors": {
+                n: [t.tensor_id, *t.parameter.shape, *_granularity(t)]
+                for n, t in self.tensors.items()
+            },
             "weight_hash": self._weight_hash,
         }
 
@@ -488,6 +493,14 @@ def _consecutive(indices: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def _granularity(tensor: MaskedTensor) -> list[Any]:
+    """What tells logits of unlike granularity apart; nothing where there is one per weight."""
+    small = tensor.logits.shape[1:]
+    if small != tensor.parameter.shape:
+        return [list(small)]
+    return [] if tensor.n_of_m is None else [list(tensor.n_of_m)]
+
+
 def _common_samples(layers: Mapping[str, MaskedModule]) -> int:
     (first_name, first), *others = layers.items()
     for name, layer in others:
@@ -504,7 +517,7 @@ def _check_tensors(layers: Mapping[str, MaskedModule], tensors: Mapping[str, Mas
     numbers: dict[int, str] = {}
     sets = next(iter(layers.values())).set_names
     device = next(iter(tensors.values())).logits.device
-    for name, (parameter, logits, tensor_id) in tensors.items():
+    for name, (parameter, logits, tensor_id, _) in tensors.items():
         if parameter.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device, it has no values")
         if logits.device != parameter.device:

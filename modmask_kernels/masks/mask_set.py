@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..files import atomic, sort_metadata
+from ..ops._blocks import divides, expand_blocks
+from ..ops.sample_mask.reference import threshold
 from .convert import (
+    MaskedTensor,
     counterpart,
     find_masked_layers,
     find_record,
@@ -30,6 +33,7 @@ from .fingerprint import weight_hash
 
 FORMAT = "modmask-mask-set"
 FORMAT_VERSION = 1
+GRANULAR_VERSION = 2  # of files with masks smaller than their weight, or n:m masks
 
 
 def _count_bits(packed: Tensor) -> int:
@@ -46,6 +50,9 @@ def _padding(size: int) -> int:
 
 class MaskSet(Mapping[str, Tensor]):
     """One boolean mask per masked parameter, kept as bits on the CPU.
+
+    Masks that were learned with one logit for many weights are kept, and saved, in the shape of
+    the logits; counts and densities are those of the weights.
 
     A mapping from parameter name ("0.weight") to a bool tensor of the parameter's shape, in the
     order of the model. ``a & b``, ``a | b``, ``a - b`` (in a, not in b) and ``~a`` give new sets
@@ -67,10 +74,14 @@ class MaskSet(Mapping[str, Tensor]):
         shapes: Mapping[str, torch.Size],
         logits: Mapping[str, Tensor] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        mask_shapes: Mapping[str, torch.Size] | None = None,
+        n_of_m: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Internal: from packed bits. Use `from_model`, `from_dict` or `load`."""
         self._packed = dict(packed)
         self._shapes = dict(shapes)
+        self._mask_shapes = dict(shapes if mask_shapes is None else mask_shapes)
+        self._n_of_m = dict(n_of_m or {})  # what the logits mean
         self.logits: dict[str, Tensor] | None = None if logits is None else dict(logits)
         self.metadata: dict[str, Any] = dict(metadata or {})
 
@@ -94,7 +105,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_model(cls, model: nn.Module, set: int | str = 0, logits: bool = False) -> MaskSet:
-        """The threshold masks (logit > 0) of one set of a masked model.
+        """The threshold masks of one set of a masked model: logit > 0, or n of every m.
 
         Args:
             model: a model with masked layers.
@@ -110,7 +121,9 @@ class MaskSet(Mapping[str, Tensor]):
         name = first.set_names[index]
         tensors = masked_tensors(layers)
         rows = {n: t.logits.detach()[index] for n, t in tensors.items()}
-        result = cls.from_dict({n: row > 0 for n, row in rows.items()})
+        result = cls.from_dict({n: tensors[n].kept(row) for n, row in rows.items()})
+        result._shapes = {n: t.parameter.shape for n, t in tensors.items()}
+        result._n_of_m = {n: t.n_of_m for n, t in tensors.items() if t.n_of_m is not None}
         if logits:
             result.logits = {n: row.to("cpu", torch.float32).clone() for n, row in rows.items()}
         record = find_record(model)
@@ -131,17 +144,35 @@ class MaskSet(Mapping[str, Tensor]):
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each mask."""
+        """The shape of each mask, which is that of its parameter."""
         return dict(self._shapes)
 
+    @property
+    def mask_shapes(self) -> dict[str, torch.Size]:
+        """The shape in which each mask is kept, which is that of its logits."""
+        return dict(self._mask_shapes)
+
     def __getitem__(self, name: str) -> Tensor:
-        return ops.unpack_bits(self.packed(name), self._shapes[name])
+        return expand_blocks(self._small(name), self._shapes[name])
 
     def packed(self, name: str) -> Tensor:
-        """The bits of one mask, uint8 [ceil(elements / 8)]; see `ops.pack_bits`."""
+        """The bits of one mask, one per weight, uint8 [ceil(weights / 8)]; see `ops.pack_bits`."""
         if name not in self._packed:
             raise KeyError(f"no mask named {name!r}; there are {self.names}")
-        return self._packed[name]
+        if self._mask_shapes[name] == self._shapes[name]:
+            return self._packed[name]
+        return ops.pack_bits(self[name])
+
+    def _small(self, name: str) -> Tensor:
+        """A mask in the shape of its logits."""
+        if name not in self._packed:
+            raise KeyError(f"no mask named {name!r}; there are {self.names}")
+        return ops.unpack_bits(self._packed[name], self._mask_shapes[name])
+
+    def _bits(self, name: str, like: MaskSet) -> Tensor:
+        """The bits of a mask, one per weight where the other set has it in another shape."""
+        same = self._mask_shapes[name] == like._mask_shapes[name]
+        return self._packed[name] if same else self.packed(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
@@ -154,10 +185,12 @@ class MaskSet(Mapping[str, Tensor]):
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(kept, total) weights by name."""
-        return {
-            name: (_count_bits(bits), self._shapes[name].numel())
-            for name, bits in self._packed.items()
-        }
+        counts = {}
+        for name, bits in self._packed.items():
+            total = self._shapes[name].numel()
+            covered = total // max(self._mask_shapes[name].numel(), 1)
+            counts[name] = (covered * _count_bits(bits), total)
+        return counts
 
     def density(self) -> float:
         """The kept fraction over all tensors; 0 where there are no weights at all."""
@@ -175,6 +208,8 @@ class MaskSet(Mapping[str, Tensor]):
             {n: self._shapes[n] for n in names},
             None if self.logits is None else {n: self.logits[n] for n in names},
             self.metadata,
+            {n: self._mask_shapes[n] for n in names},
+            {n: self._n_of_m[n] for n in names if n in self._n_of_m},
         )
 
     def __repr__(self) -> str:
@@ -196,10 +231,15 @@ class MaskSet(Mapping[str, Tensor]):
                 f"{None if left is None else tuple(left)} on the left, "
                 f"{None if right is None else tuple(right)} on the right"
             )
-        packed = {n: combine(bits, other._packed[n]) for n, bits in self._packed.items()}
+        packed = {n: combine(self._bits(n, other), other._bits(n, self)) for n in self._packed}
+        small = {
+            n: shape if shape == other._mask_shapes[n] else self._shapes[n]
+            for n, shape in self._mask_shapes.items()
+        }
         own = self.metadata.get("weight_hash")
         common = own if own == other.metadata.get("weight_hash") else None
-        return MaskSet(packed, self._shapes, None, {"weight_hash": common} if common else None)
+        metadata = {"weight_hash": common} if common else None
+        return MaskSet(packed, self._shapes, None, metadata, small)
 
     def __and__(self, other: object) -> MaskSet:
         if not isinstance(other, MaskSet):
@@ -221,16 +261,17 @@ class MaskSet(Mapping[str, Tensor]):
         for name, bits in self._packed.items():
             flipped = ~bits
             if flipped.numel():
-                flipped[-1] &= _padding(self._shapes[name].numel())
+                flipped[-1] &= _padding(self._mask_shapes[name].numel())
             packed[name] = flipped
         common = self.metadata.get("weight_hash")
-        return MaskSet(packed, self._shapes, None, {"weight_hash": common} if common else None)
+        metadata = {"weight_hash": common} if common else None
+        return MaskSet(packed, self._shapes, None, metadata, self._mask_shapes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
             return NotImplemented
         return self._shapes == other._shapes and all(
-            torch.equal(bits, other._packed[name]) for name, bits in self._packed.items()
+            torch.equal(self._bits(name, other), other._bits(name, self)) for name in self._packed
         )
 
     # files
@@ -247,15 +288,24 @@ class MaskSet(Mapping[str, Tensor]):
         for name, values in (self.logits or {}).items():
             tensors[f"logits/{name}"] = values.contiguous()
         provenance = {"library_version": __version__, **self.metadata}
+        entries = [self._entry(name) for name in self._shapes]
+        granular = any(len(entry) > 2 for entry in entries)
         metadata = {
             "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "masks": json.dumps([[name, list(shape)] for name, shape in self._shapes.items()]),
+            "format_version": str(GRANULAR_VERSION if granular else FORMAT_VERSION),
+            "masks": json.dumps(entries),
             "provenance": json.dumps(provenance, sort_keys=True),
         }
         with atomic(Path(path)) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata)
             sort_metadata(temporary)
+
+    def _entry(self, name: str) -> list[Any]:
+        """Name and shape for a file, where they differ the shape of the logits, and (n, m)."""
+        shape, small = self._shapes[name], self._mask_shapes[name]
+        if name in self._n_of_m:
+            return [name, list(shape), list(small), list(self._n_of_m[name])]
+        return [name, list(shape)] if small == shape else [name, list(shape), list(small)]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
@@ -285,25 +335,27 @@ class MaskSet(Mapping[str, Tensor]):
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format: expected {FORMAT!r}, got {metadata.get('format')!r}")
         version = metadata.get("format_version", "")
-        if version != str(FORMAT_VERSION):
+        if version not in (str(FORMAT_VERSION), str(GRANULAR_VERSION)):
             raise ValueError(
-                f"format_version: expected {FORMAT_VERSION}, got {version!r}; "
+                f"format_version: expected {FORMAT_VERSION} or {GRANULAR_VERSION}, "
+                f"got {version!r}; "
                 "it was written by another version of the library"
             )
-        shapes = _parse_shapes(_parse_json(metadata, "masks"))
+        granular = version == str(GRANULAR_VERSION)
+        shapes, small, n_of_m = _parse_shapes(_parse_json(metadata, "masks"), granular)
         provenance = _parse_json(metadata, "provenance")
         if not isinstance(provenance, dict):
             raise ValueError("provenance: expected an object")
-        packed = {name: _take_bits(tensors, name, shape) for name, shape in shapes.items()}
+        packed = {name: _take_bits(tensors, name, shape) for name, shape in small.items()}
         logits = None
         if any(key.startswith("logits/") for key in tensors):
             logits = {
-                name: _take_logits(tensors, name, shape, packed[name])
-                for name, shape in shapes.items()
+                name: _take_logits(tensors, name, shape, packed[name], n_of_m.get(name))
+                for name, shape in small.items()
             }
         if tensors:
             raise ValueError(f"unexpected tensor {min(tensors)!r}")
-        return cls(packed, shapes, logits, provenance)
+        return cls(packed, shapes, logits, provenance, small, n_of_m)
 
     # models
 
@@ -348,11 +400,13 @@ class MaskSet(Mapping[str, Tensor]):
         Args:
             model: a masked model whose masked parameters are those of this set.
             set: index or name of the set to overwrite.
-            magnitude: without stored logits, kept weights get this logit, others its negative.
+            magnitude: without stored logits, or where the model's thresholds would read them as
+                other masks, kept weights get this logit, others its negative.
             strict: see `check`.
 
         Raises:
-            ValueError: if the masks are for another model, or do not cover its masked parameters.
+            ValueError: if the masks are for another model, do not cover its masked parameters, or
+                are finer than its logits.
         """
         layers = masked_layers(model)
         index = next(iter(layers.values())).set_index(set)
@@ -366,14 +420,31 @@ class MaskSet(Mapping[str, Tensor]):
             raise ValueError(
                 f"the masks are for another model: the {here} masks {name!r}, the {there} does not"
             )
+        values = {
+            name: self._as_logits(name, tensor, magnitude) for name, tensor in tensors.items()
+        }
         with torch.no_grad():
             for name, tensor in tensors.items():
-                row = tensor.logits[index]
-                if self.logits is not None:
-                    row.copy_(self.logits[name])
-                else:
-                    kept = self[name].to(row.device)
-                    row.fill_(-magnitude).masked_fill_(kept, magnitude)
+                tensor.logits[index].copy_(values[name])
+
+    def _as_logits(self, name: str, tensor: MaskedTensor, magnitude: float) -> Tensor:
+        """Logits of a model's shape that its threshold turns into the mask."""
+        shape = tensor.logits.shape[1:]
+        if not divides(self._mask_shapes[name], shape):
+            raise ValueError(
+                f"the mask of {name!r} has one value for {tuple(self._mask_shapes[name])} blocks, "
+                f"the logits of the model are {tuple(shape)}: too few for it"
+            )
+        kept = expand_blocks(self._small(name), shape)
+        if self.logits is not None:
+            values = expand_blocks(self.logits[name], shape)
+            if torch.equal(tensor.kept(values), kept):
+                return values
+        values = torch.full(shape, -magnitude).masked_fill_(kept, magnitude)
+        if not torch.equal(tensor.kept(values), kept):
+            n, m = tensor.n_of_m or (0, 0)
+            raise ValueError(f"the mask of {name!r} does not keep {n} of every {m} inputs")
+        return values
 
     def bake(self, model: nn.Module, *, strict: bool = True) -> nn.Module:
         """A new plain model with the masks multiplied into its weights.
@@ -436,23 +507,47 @@ def _parse_json(metadata: Mapping[str, str], key: str) -> Any:
         raise ValueError(f"{key}: not JSON: {error}") from None
 
 
-def _parse_shapes(listed: Any) -> dict[str, torch.Size]:
-    """Names and shapes, checked; sizes are bounded so that no arithmetic overflows."""
+def _parse_sizes(name: str, shape: Any) -> torch.Size:
+    """A shape, bounded so that no arithmetic overflows."""
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"masks: expected sizes for {name!r}, got {str(shape)[:80]}")
+    if len(shape) > 16 or math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise ValueError(f"masks: impossible shape of {name!r}: {str(shape)[:80]}")
+    return torch.Size(shape)
+
+
+def _parse_shapes(
+    listed: Any, granular: bool
+) -> tuple[dict[str, torch.Size], dict[str, torch.Size], dict[str, tuple[int, int]]]:
+    """Names with shapes of parameters and of masks, and (n, m) where there is one; checked."""
     shapes: dict[str, torch.Size] = {}
+    small: dict[str, torch.Size] = {}
+    n_of_m: dict[str, tuple[int, int]] = {}
     if not isinstance(listed, list):
         raise ValueError("masks: expected a list")
     for entry in listed:
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+        lengths = (2, 3, 4) if granular else (2,)
+        if not (isinstance(entry, list) and len(entry) in lengths and isinstance(entry[0], str)):
             raise ValueError(f"masks: expected [name, shape], got {str(entry)[:80]}")
-        name, shape = entry
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"masks: expected sizes for {name!r}, got {str(shape)[:80]}")
-        if len(shape) > 16 or math.prod(max(n, 1) for n in shape) >= 2**60:
-            raise ValueError(f"masks: impossible shape of {name!r}: {str(shape)[:80]}")
+        name, shape, *rest = entry
         if name in shapes:
             raise ValueError(f"masks: {name!r} occurs twice")
-        shapes[name] = torch.Size(shape)
-    return shapes
+        shapes[name] = _parse_sizes(name, shape)
+        small[name] = _parse_sizes(name, rest[0]) if rest else shapes[name]
+        if not divides(small[name], shapes[name]):
+            raise ValueError(f"masks: {rest[0]} of {name!r} does not divide {shape}")
+        if len(rest) > 1:
+            n_of_m[name] = _parse_n_of_m(name, rest[1], shapes[name], small[name])
+    return shapes, small, n_of_m
+
+
+def _parse_n_of_m(name: str, numbers: Any, shape: torch.Size, small: torch.Size) -> tuple[int, int]:
+    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+        raise ValueError(f"masks: expected [n, m] for {name!r}, got {str(numbers)[:80]}")
+    fits = len(numbers) == 2 and 0 < numbers[0] <= numbers[1]
+    if not fits or len(shape) < 2 or small != shape or shape[1] % numbers[1]:
+        raise ValueError(f"masks: impossible [n, m] of {name!r}: {str(numbers)[:80]}")
+    return numbers[0], numbers[1]
 
 
 def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -475,10 +570,16 @@ def _take_bits(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tens
     return bits
 
 
-def _take_logits(tensors: dict[str, Tensor], name: str, shape: torch.Size, bits: Tensor) -> Tensor:
+def _take_logits(
+    tensors: dict[str, Tensor],
+    name: str,
+    shape: torch.Size,
+    bits: Tensor,
+    n_of_m: tuple[int, int] | None,
+) -> Tensor:
     values = _take(tensors, f"logits/{name}", torch.float32, shape)
     if bool(values.isnan().any()):
         raise ValueError(f"tensor 'logits/{name}' holds NaN")
-    if not torch.equal(ops.pack_bits(values > 0), bits):
+    if not torch.equal(ops.pack_bits(threshold(values, n_of_m)), bits):
         raise ValueError(f"tensor 'logits/{name}' contradicts its mask")
     return values

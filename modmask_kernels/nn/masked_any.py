@@ -15,17 +15,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from .masked_module import MaskedModule
+from .granularity import Granularity
+from .masked_module import MaskedModule, is_bias
 
 # arguments of torch.nn modules whose batch is not where that of the input is
 _BATCH_FIRST = ("key_padding_mask",)
 _OF_POSITIONS = ("attn_mask", "src_mask", "tgt_mask", "memory_mask", "mask")
-
-
-def is_bias(name: str) -> bool:
-    """Whether a parameter is one of those that `bias=True` adds: "bias", "bias_ih_l0" and such."""
-    leaf = name.rpartition(".")[2]
-    return leaf == "bias" or leaf.startswith("bias_") or leaf.endswith("_bias")
 
 
 def names_to_mask(
@@ -51,7 +46,8 @@ class MaskedAny(MaskedModule):
     layers, convolutions and attention have fused layers instead. Made by `from_dense`.
 
     Parameters, buffers and children keep the names and tensors of the module; the logits
-    ``<name>_logits``, ``[sets, *shape]`` in float32, sit beside their parameters.
+    ``<name>_logits``, ``[sets, *shape]`` in float32 (smaller with a coarser granularity, for
+    parameters of two dimensions or more), sit beside their parameters.
 
     A batch normalisation that takes statistics of its batch takes those of the whole batch, as the
     plain module does, since masks of its weights do not touch them; inside a module with children
@@ -94,12 +90,13 @@ class MaskedAny(MaskedModule):
         init: float = 2.0,
         tensor_id: int = 0,
         accept: Callable[[str, nn.Module], bool] | None = None,
+        granularity: Granularity = "weight",
     ) -> MaskedAny:
         """Masks over the very parameters of `module`, which are frozen by this.
 
         Args:
             module: any module; its Parameters, buffers and children are shared, not copied.
-            sets, samples, tau, init, tensor_id: as in `MaskedLinear`.
+            sets, samples, tau, init, tensor_id, granularity: as in `MaskedLinear`.
             mask_bias: whether biases (by their names) are masked as well.
             accept: ``accept(name, child)``, True for the children at any depth whose own
                 parameters are masked; None masks those of all.
@@ -124,7 +121,7 @@ class MaskedAny(MaskedModule):
             layer.add_module(name, child)
         # not a child: names and state dict stay those of the module
         layer.__dict__["_plain"] = module
-        layer._add_masks(masked, sets, samples, tau, init, tensor_id)
+        layer._add_masks(masked, sets, samples, tau, init, tensor_id, granularity)
         for parameter in module.parameters():
             if not any(parameter is layer.logits_of(name) for name in masked):
                 parameter.requires_grad_(False)

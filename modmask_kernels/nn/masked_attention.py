@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .granularity import Granularity
 from .masked_any import names_to_mask
 from .masked_module import MaskedModule
 
@@ -37,14 +38,15 @@ class MaskedMultiheadAttention(MaskedModule):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
             device, dtype: as in `torch.nn.MultiheadAttention`, all of them.
-        sets, samples, tau, init, tensor_id: as in `MaskedLinear`; the masked parameters are
-            numbered from `tensor_id` on.
+        sets, samples, tau, init, tensor_id, granularity: as in `MaskedLinear`; the masked
+            parameters are numbered from `tensor_id` on.
         mask_bias: whether in_proj_bias, out_proj.bias, bias_k and bias_v are masked as well.
 
     Parameters:
         in_proj_weight: [3 * embed_dim, embed_dim], or q_proj_weight, k_proj_weight, v_proj_weight.
         in_proj_bias, out_proj.weight, out_proj.bias, bias_k, bias_v as in the plain layer.
-        ``<name>_logits``: [sets, *shape], float32, beside each masked parameter.
+        ``<name>_logits``: [sets, *shape], float32, or smaller with a coarser granularity, beside
+            each masked parameter.
 
     Attributes:
         mode, active_sets, samples, tau, set_names, sample_offset, seed, tensor_ids: see
@@ -105,6 +107,7 @@ class MaskedMultiheadAttention(MaskedModule):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        granularity: Granularity = "weight",
     ) -> None:
         super().__init__()
         if mask_bias and not (bias or add_bias_kv):
@@ -127,7 +130,9 @@ class MaskedMultiheadAttention(MaskedModule):
             dtype,
         )
         self._take(plain)
-        self._add_masks(names_to_mask(plain, mask_bias), sets, samples, tau, init, tensor_id)
+        self._add_masks(
+            names_to_mask(plain, mask_bias), sets, samples, tau, init, tensor_id, granularity
+        )
 
     def _take(self, plain: nn.MultiheadAttention) -> None:
         """Take over options, Parameters and the output projection of a plain layer."""
@@ -150,13 +155,14 @@ class MaskedMultiheadAttention(MaskedModule):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        granularity: Granularity = "weight",
     ) -> MaskedMultiheadAttention:
         """A masked layer over the very parameters of `attention`, which are frozen by this.
 
         Args:
             attention: the plain layer; its Parameters and its output projection are shared.
-            sets, samples, tau, mask_bias, init, tensor_id: as for the class. `mask_bias` is
-                ignored where there is no bias.
+            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+                `mask_bias` is ignored where there is no bias.
         """
         if not isinstance(attention, nn.MultiheadAttention):
             raise TypeError(
@@ -167,7 +173,7 @@ class MaskedMultiheadAttention(MaskedModule):
         layer._take(attention)
         plain = list(attention.parameters())
         masked = names_to_mask(attention, mask_bias)
-        layer._add_masks(masked, sets, samples, tau, init, tensor_id)
+        layer._add_masks(masked, sets, samples, tau, init, tensor_id, granularity)
         for parameter in plain:
             parameter.requires_grad_(False)
         return layer.train(attention.training)
@@ -362,9 +368,16 @@ class MaskedMultiheadAttention(MaskedModule):
         bias: Tensor | None = getattr(self.get_submodule(prefix), leaf)
         bias_logits = self._logits(bias_name)
         offset = 0
+        of_result: tuple[int, int] | None = None
         if weight_rows is not None:
-            weight, logits = weight.narrow(0, *weight_rows), logits.narrow(1, *weight_rows)
-            offset = weight_rows[0] * weight.shape[1]
+            first, count = weight_rows
+            block = weight.shape[0] // logits.shape[1]  # rows that share their logits
+            low, high = first // block, -(-(first + count) // block)
+            if mode != "off" and high - low > 1 and (first % block or count % block):
+                of_result, bias_rows = weight_rows, None
+            else:
+                weight, logits = weight.narrow(0, *weight_rows), logits.narrow(1, low, high - low)
+                offset = low * logits.shape[2]
         later: Tensor | None = None
         if bias is not None and bias_rows is not None:
             if bias_logits is not None and mode != "off":
@@ -390,7 +403,10 @@ class MaskedMultiheadAttention(MaskedModule):
             samples=self.samples,
             tau=self.tau,
             hard=mode != "soft",
+            n_of_m=self.n_of_m(weight_name),
         )
+        if of_result is not None:
+            y = y.narrow(-1, *of_result)
         return y if later is None else y + later.to(y.dtype)
 
     def _of_rows(self, name: str, n: int, mode: str, seed: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .granularity import Granularity
 from .masked_module import MaskedWeightAndBias
 
 Conv = TypeVar("Conv", bound="_MaskedConv")
@@ -62,6 +63,7 @@ class _MaskedConv(MaskedWeightAndBias):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        granularity: Granularity = "weight",
     ) -> None:
         super().__init__()
         if mask_bias and not bias:
@@ -83,7 +85,7 @@ class _MaskedConv(MaskedWeightAndBias):
         self._take_options(plain)
         self.register_parameter("weight", plain.weight)
         self.register_parameter("bias", plain.bias)
-        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id)
+        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id, granularity)
 
     def _take_options(self, plain: nn.Conv1d | nn.Conv2d) -> None:
         for name in self.__constants__:
@@ -109,13 +111,14 @@ class _MaskedConv(MaskedWeightAndBias):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        granularity: Granularity = "weight",
     ) -> Conv:
         """A masked layer over the very weight and bias of `conv`, which are frozen by this.
 
         Args:
             conv: the plain layer; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id: as for the class. `mask_bias` is
-                ignored where there is no bias.
+            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+                `mask_bias` is ignored where there is no bias.
         """
         if not isinstance(conv, cls.dense_type):
             raise TypeError(
@@ -132,6 +135,7 @@ class _MaskedConv(MaskedWeightAndBias):
             tau=tau,
             init=init,
             tensor_id=tensor_id,
+            granularity=granularity,
         )
         return layer
 
@@ -208,11 +212,13 @@ class MaskedConv2d(_MaskedConv):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype: as in `torch.nn.Conv2d`, all of them.
-        sets, samples, tau, mask_bias, init, tensor_id: as in `MaskedLinear`.
+        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLinear`; rows and
+            columns are output and input channels, one per kernel is "kernel".
 
     Parameters:
         weight: [out_channels, in_channels / groups, *kernel_size]. bias: [out_channels] or None.
-        weight_logits: [sets, *weight.shape], float32. bias_logits: [sets, out_channels] or None.
+        weight_logits: [sets, *weight.shape], float32; smaller with a coarser granularity.
+            bias_logits: [sets, out_channels] or None.
 
     Attributes:
         mode, active_sets, samples, tau, batch_dim, set_names, sample_offset, seed: see

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .granularity import Granularity
 from .masked_module import MaskedWeightAndBias
 
 
@@ -31,10 +32,13 @@ class MaskedLinear(MaskedWeightAndBias):
         init: initial value of all logits; sigmoid(2.0) = 0.88 is kept at first.
         tensor_id: number of the weight in its model; it selects the stream of noise, so two
             weights that share one seed need different numbers. The bias gets the next one.
+        granularity: what one logit covers, "weight", "row", "column" or others: see `Granularity`
+            and docs/granularity.md. A masked bias always has one logit per value.
 
     Parameters:
         weight: [out_features, in_features], `dtype`. bias: [out_features] or None.
-        weight_logits: [sets, out_features, in_features], float32, whatever `dtype` is.
+        weight_logits: [sets, out_features, in_features], float32, whatever `dtype` is; smaller
+            with a coarser granularity.
         bias_logits: [sets, out_features], float32, or None without `mask_bias`.
         ``Module.to(dtype)`` and its relatives leave the logits in float32.
 
@@ -76,6 +80,7 @@ class MaskedLinear(MaskedWeightAndBias):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        granularity: Granularity = "weight",
     ) -> None:
         super().__init__()
         if mask_bias and not bias:
@@ -88,7 +93,7 @@ class MaskedLinear(MaskedWeightAndBias):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id)
+        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id, granularity)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -110,13 +115,14 @@ class MaskedLinear(MaskedWeightAndBias):
         mask_bias: bool = False,
         init: float = 2.0,
         tensor_id: int = 0,
+        granularity: Granularity = "weight",
     ) -> MaskedLinear:
         """A masked layer over the very weight and bias of `linear`, which are frozen by this.
 
         Args:
             linear: any `torch.nn.Linear`; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id: as for the class. `mask_bias` is
-                ignored where there is no bias.
+            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+                `mask_bias` is ignored where there is no bias.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
@@ -132,6 +138,7 @@ class MaskedLinear(MaskedWeightAndBias):
             tau=tau,
             init=init,
             tensor_id=tensor_id,
+            granularity=granularity,
         )
         return layer
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.sample_mask.reference import mask_of_sample
+from ..ops._blocks import expand_blocks, times_blocks
+from ..ops._masked_product import check_hard
+from ..ops.sample_mask.reference import mask_of_sample, threshold
+from .granularity import Granularity, check_granularity, logits_shape, n_of_m
 
 Mode = Literal["sample", "soft", "threshold", "off"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -41,13 +44,20 @@ def name_sets(sets: int | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def is_bias(name: str) -> bool:
+    """Whether a parameter is one of those that `bias=True` adds: "bias", "bias_ih_l0" and such."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "bias" or leaf.startswith("bias_") or leaf.endswith("_bias")
+
+
 class MaskedModule(nn.Module):
     """A module some of whose parameters stand under one mask per set, each drawn from logits.
 
     The batch is cut into ``active sets * samples`` equal contiguous groups along `batch_dim`;
     group ``g = set * samples + sample`` sees its own draw of the masks of its set. The logits of a
-    masked parameter ``name`` are the Parameter ``name_logits``, ``[sets, *shape]``, in float32
-    whatever the dtype of the weights is; ``Module.to(dtype)`` and its relatives leave them there.
+    masked parameter ``name`` are the Parameter ``name_logits``, ``[sets, *shape]``, or smaller
+    where one logit covers more than one weight (`granularity`). They are float32 whatever the dtype
+    of the weights is; ``Module.to(dtype)`` and its relatives leave them there.
 
     A subclass calls `_add_masks` once its parameters exist, computes with `_logits`, `_seed` and
     `effective_mode`, and says in a class method `from_dense` and in `dense_shell` what its plain
@@ -60,6 +70,7 @@ class MaskedModule(nn.Module):
         active_sets: None for all sets, or ``(first, count)``. In mode "threshold" the batch is
             cut into as many groups as there are active sets, so choose one set to evaluate it.
         samples, tau, batch_dim, set_names.
+        granularity: what one logit covers; fixed when the layer is made.
         tensor_ids: number of each masked parameter in its model, by name; it selects the stream of
             noise, so two parameters that share one seed need different numbers.
         sample_offset: index of the first sample; rank r of a data-parallel job that shares the
@@ -80,6 +91,7 @@ class MaskedModule(nn.Module):
         tau: float,
         init: float,
         tensor_id: int,
+        granularity: Granularity = "weight",
     ) -> None:
         """Lay masks over the parameters named in `masked`, numbered from `tensor_id` on."""
         self.set_names = name_sets(sets)
@@ -90,6 +102,7 @@ class MaskedModule(nn.Module):
         self.samples = samples
         self.tau = float(tau)
         self.init = float(init)
+        self.granularity = check_granularity(granularity)
         self.batch_dim = 0
         self.sample_offset = 0
         self.masked = tuple(masked)
@@ -102,7 +115,7 @@ class MaskedModule(nn.Module):
         for name in self.masked:
             parameter = self._parameter(name)
             values = torch.full(
-                (len(self.set_names), *parameter.shape),
+                (len(self.set_names), *logits_shape(self._granularity_of(name), parameter.shape)),
                 self.init,
                 dtype=torch.float32,
                 device=parameter.device,
@@ -115,12 +128,24 @@ class MaskedModule(nn.Module):
         for name in self.masked:
             nn.init.constant_(self.logits_of(name), self.init)
 
+    def n_of_m(self, name: str) -> tuple[int, int] | None:
+        """(n, m) where n of every m consecutive inputs of a parameter are kept, else None."""
+        return n_of_m(self._granularity_of(name), self._parameter(name).dim())
+
+    def _granularity_of(self, name: str) -> Granularity:
+        """A bias has one logit per value, whatever its shape."""
+        return "weight" if is_bias(name) else self.granularity
+
+    def kept(self, name: str, set: int) -> Tensor:
+        """The threshold mask of a parameter, bool, in the shape of the logits of one set."""
+        return threshold(self.logits_of(name).detach()[set], self.n_of_m(name))
+
     def dense_shell(self) -> nn.Module:
         """A plain layer of these sizes and options on the meta device, for other Parameters."""
         raise NotImplementedError(f"{type(self).__name__} names no plain counterpart")
 
     def to_dense(self, set: int | str = 0) -> nn.Module:
-        """A new plain layer with the threshold masks (logit > 0) of `set` multiplied in."""
+        """A new plain layer with the threshold masks of `set` (see `kept`) multiplied in."""
         index = self.set_index(set)
         dense = self.dense_shell()
         with torch.no_grad():
@@ -128,7 +153,8 @@ class MaskedModule(nn.Module):
                 parameter = self._parameter(name)
                 values = parameter.detach()
                 if name in self.masked:
-                    values = values.masked_fill(~(self.logits_of(name)[index] > 0), 0)
+                    kept = expand_blocks(self.kept(name, index), values.shape)
+                    values = values.masked_fill(~kept, 0)
                 else:
                     values = values.clone()
                 prefix, _, leaf = name.rpartition(".")
@@ -241,8 +267,17 @@ class MaskedModule(nn.Module):
         """A parameter under the mask of one group, as a tensor; no seed: the threshold mask."""
         logits = self._logits(name)
         assert logits is not None
-        if seed is None:
-            mask = mask_of_sample(logits[set], seed=None, tau=self.tau)
+        n_of_m = self.n_of_m(name)
+        check_hard(n_of_m, mode != "soft")
+        if seed is None or n_of_m is not None:
+            mask = mask_of_sample(
+                logits[set],
+                seed=seed if seed is None or seed.dim() == 0 else seed[set],
+                sample=self.sample_offset + sample,
+                tensor_id=self.tensor_ids[name],
+                tau=self.tau,
+                n_of_m=n_of_m,
+            )
         else:
             mask = ops.sample_mask(
                 logits[set],
@@ -254,7 +289,7 @@ class MaskedModule(nn.Module):
                 hard=mode != "soft",
             )[0]
         parameter = self._parameter(name)
-        return parameter * mask.to(parameter.dtype)
+        return times_blocks(parameter, mask.to(parameter.dtype))
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # conversions of dtype are for the weights: a logit of 2 + lr is 2 again in bfloat16
@@ -273,12 +308,15 @@ class MaskedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._views = None
+        self.__dict__.setdefault("granularity", "weight")  # pickled before there was a choice
 
     def _mask_repr(self) -> str:
         """The sets, and the options that are not at their defaults."""
         shown = [f"sets={list(self.set_names)}", f"samples={self.samples}"]
         if self.tau != 1.0:
             shown.append(f"tau={self.tau}")
+        if self.granularity != "weight":
+            shown.append(f"granularity={self.granularity!r}")
         if "bias" in self.masked:
             shown.append("mask_bias=True")
         if self._mode is not None:
@@ -302,9 +340,10 @@ class MaskedWeightAndBias(MaskedModule):
         tau: float,
         init: float,
         tensor_id: int,
+        granularity: Granularity = "weight",
     ) -> None:
         masked = ("weight", "bias") if mask_bias and self.bias is not None else ("weight",)
-        self._add_masks(masked, sets, samples, tau, init, tensor_id)
+        self._add_masks(masked, sets, samples, tau, init, tensor_id, granularity)
         if "bias" not in masked:
             self.register_parameter("bias_logits", None)
 
@@ -347,4 +386,5 @@ class MaskedWeightAndBias(MaskedModule):
             "samples": self.samples,
             "tau": self.tau,
             "hard": mode != "soft",
+            "n_of_m": n_of_m(self.granularity, 2),
         }

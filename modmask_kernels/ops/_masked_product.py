@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import _check, _library
+from . import _blocks, _check, _library
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +36,7 @@ _DRAW_NAMES = (
     "samples",
     "tau",
     "hard",
+    "n_of_m",
 )
 
 
@@ -44,7 +45,7 @@ def positional(reference: Callable[..., Tensor], *options: str) -> Callable[...,
     names = ("seed", *options, *_DRAW_NAMES)
 
     def call(*arguments: Any) -> Tensor:
-        return reference(*arguments[:5], **dict(zip(names, arguments[5:], strict=True)))
+        return reference(*arguments[:5], **dict(zip(names, arguments[5:], strict=False)))
 
     return call
 
@@ -228,6 +229,7 @@ def check_parameters(
     bias: Tensor | None,
     bias_logits: Tensor | None,
     seed: Tensor | None,
+    n_of_m: Sequence[int] | None = None,
 ) -> int:
     """Raise unless shapes of everything but x, all dtypes and devices fit; the number of sets."""
     dims = weight.dim()
@@ -236,12 +238,18 @@ def check_parameters(
     if bias_logits is not None and bias_logits.dim() == 1:
         bias_logits = bias_logits.unsqueeze(0)
     _check.check_seed(seed, logits.shape[0] if logits.dim() == dims + 1 else None, x, "x")
-    if logits.dim() != dims + 1 or logits.shape[1:] != weight.shape or logits.shape[0] < 1:
+    if (
+        logits.dim() != dims + 1
+        or not _blocks.divides(logits.shape[1:], weight.shape)
+        or logits.shape[0] < 1
+    ):
         shape = ", ".join(str(n) for n in weight.shape)
         raise ValueError(
-            f"logits must have shape [{shape}] or [sets, {shape}] like weight, "
-            f"not {_check.shape_of(logits)}"
+            f"logits must have shape [{shape}] or [sets, {shape}] like weight, or divide it in "
+            f"every dimension, not {_check.shape_of(logits)}"
         )
+    if n_of_m is not None:
+        check_n_of_m(n_of_m, weight, logits)
     sets, out = logits.shape[0], weight.shape[0]
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must have shape [{out}], not {_check.shape_of(bias)}")
@@ -271,6 +279,31 @@ def check_parameters(
         if t is not None:
             _check.check_device(t, name, x, "x")
     return sets
+
+
+def check_n_of_m(n_of_m: Sequence[int], weight: Tensor, logits: Tensor) -> None:
+    """Raise unless n of every m consecutive inputs of the weight can be kept."""
+    if len(n_of_m) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in n_of_m):
+        raise ValueError(f"n_of_m must be two integers, not {n_of_m!r}")
+    n, m = n_of_m
+    if not 0 < n <= m:
+        raise ValueError(f"n_of_m must be (n, m) with 0 < n <= m, not {n_of_m}")
+    if weight.shape[1] % m:
+        raise ValueError(
+            f"n_of_m: the {weight.shape[1]} inputs of weight {_check.shape_of(weight)} do not "
+            f"divide into groups of {m}"
+        )
+    if logits.shape[-weight.dim() :] != weight.shape:
+        raise ValueError(
+            f"n_of_m needs logits like weight {_check.shape_of(weight)}, "
+            f"not {_check.shape_of(logits)}"
+        )
+
+
+def check_hard(n_of_m: Sequence[int] | None, hard: bool) -> None:
+    """n:m masks exist as hard ones only."""
+    if n_of_m is not None and not hard:
+        raise ValueError("n_of_m needs hard masks, hard=True: soft ones do not compete")
 
 
 def check_batch(x: Tensor, dim: int, sets: int, samples: int) -> None:

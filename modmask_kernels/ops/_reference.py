@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._blocks import times_blocks
 from .sample_mask.reference import mask_of_sample
 
 
@@ -26,6 +27,7 @@ def product_per_group(
     samples: int,
     tau: float,
     hard: bool,
+    n_of_m: tuple[int, int] | None = None,
     batch_dim: int = 0,
 ) -> Tensor:
     """`product(part of x, masked weight, masked bias)` of every group; arguments are valid."""
@@ -46,7 +48,12 @@ def product_per_group(
         s, k = divmod(g, samples)
 
         def mask(
-            of: Tensor, name: int, offset: int = 0, s: int = s, sample: int = sample_offset + k
+            of: Tensor,
+            name: int,
+            offset: int = 0,
+            n_of_m: tuple[int, int] | None = None,
+            s: int = s,
+            sample: int = sample_offset + k,
         ) -> Tensor:
             return mask_of_sample(
                 of[s],
@@ -56,11 +63,13 @@ def product_per_group(
                 element_offset=offset,
                 tau=tau,
                 hard=hard,
+                n_of_m=n_of_m,
             )
 
         b = bias
         if bias is not None and bias_logits is not None:
             b = bias * mask(bias_logits, bias_tensor_id).to(bias.dtype)
-        masked = weight * mask(logits, tensor_id, element_offset).to(weight.dtype)
+        drawn = mask(logits, tensor_id, element_offset, n_of_m).to(weight.dtype)
+        masked = times_blocks(weight, drawn)
         parts.append(product(x.narrow(batch_dim, g * rows, rows), masked, b))
     return torch.cat(parts, dim=batch_dim)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from .. import _check
+from .._blocks import scaled_side
 from .._convolution import check_convolution, shape_of_result
 from .._masked_product import (
     MaskedProduct,
     check_batch,
+    check_hard,
     check_parameters,
     lowered,
     number_of_bias,
     positional,
 )
+from .._scaled import scaled_product
 from . import reference
 
 __all__ = ["masked_conv1d", "masked_conv2d"]
@@ -64,32 +68,26 @@ def _masked_conv(
     samples: int,
     tau: float,
     hard: bool,
+    n_of_m: tuple[int, int] | None,
 ) -> Tensor:
     _check.check_tensors(x=x, weight=weight, logits=logits)
     x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
     _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    check_hard(n_of_m, hard)
     unbatched = x.dim() == 1 + dims
     if unbatched:
         x = x.unsqueeze(0)
     stride, padding, dilation = check_convolution(
         dims, x, weight, stride, padding, dilation, groups
     )
-    sets = check_parameters(x, weight, logits, bias, bias_logits, seed)
+    sets = check_parameters(x, weight, logits, bias, bias_logits, seed, n_of_m)
     check_batch(x, 0, sets, 1 if seed is None else samples)
     if dims == 1:
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, 0, *padding]
         x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)
-    y = _product(
-        x,
-        weight,
-        logits,
-        bias,
-        bias_logits,
-        seed,
-        stride,
-        padding,
-        dilation,
-        groups,
+    operands = (x, weight, logits, bias, bias_logits)
+    options = (stride, padding, dilation, groups)
+    draw: tuple[Any, ...] = (
         tensor_id,
         number_of_bias(tensor_id, bias_tensor_id),
         sample_offset,
@@ -98,6 +96,14 @@ def _masked_conv(
         tau,
         hard,
     )
+    side = scaled_side(weight, logits)
+    if side is not None:
+        convolve = partial(reference.convolve, *options)
+        y = scaled_product(convolve, side, 1, *operands, seed, *draw)
+    elif n_of_m is not None or logits.shape[-4:] != weight.shape:
+        y = _product.reference(*operands, seed, *options, *draw, n_of_m)
+    else:
+        y = _product(*operands, seed, *options, *draw)
     if dims == 1:
         y = y.squeeze(2)
     return y.squeeze(0) if unbatched else y
@@ -122,6 +128,7 @@ def masked_conv2d(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    n_of_m: tuple[int, int] | None = None,
 ) -> Tensor:
     r"""2d convolution whose weight is masked anew for every group of the batch.
 
@@ -137,13 +144,15 @@ def masked_conv2d(
             bfloat16, float16 (fused on the CPU) or float64 (reference).
         weight: `[out, in / groups, kernel height, kernel width]`, dtype of `x`.
         logits: like `weight` or `[sets, *weight.shape]`, float32 (float64 beside float64 `x`). A
-            weight is kept with probability `sigmoid(logit)`.
+            weight is kept with probability `sigmoid(logit)`. Also smaller, where every size
+            divides that of the weight: `[out, in / groups, 1, 1]` has one logit per kernel, with
+            `[out, 1, 1, 1]` or `[1, in / groups, 1, 1]` a plain convolution is scaled by the mask.
         bias: `[out]`, dtype of `x`.
         bias_logits: `[out]` or `[sets, out]`; masks the bias likewise.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding also as
             "valid" or "same".
-        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard: as in
-            `masked_linear`.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard, n_of_m:
+            as in `masked_linear`; the inputs of `n_of_m` are channels at one place of the kernel.
 
     Returns:
         `[batch, out, height, width]`, dtype of `x`.
@@ -183,6 +192,7 @@ def masked_conv2d(
         samples,
         tau,
         hard,
+        n_of_m,
     )
 
 
@@ -205,6 +215,7 @@ def masked_conv1d(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    n_of_m: tuple[int, int] | None = None,
 ) -> Tensor:
     """`masked_conv2d` in one dimension.
 
@@ -212,8 +223,8 @@ def masked_conv1d(
         x: `[batch, in, length]` or `[in, length]`. weight: `[out, in / groups, kernel]`.
         logits, bias, bias_logits: as in `masked_conv2d`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv1d`.
-        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard: as in
-            `masked_linear`.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard, n_of_m:
+            as in `masked_conv2d`.
 
     Returns:
         `[batch, out, length]`, dtype of `x`.
@@ -245,4 +256,5 @@ def masked_conv1d(
         samples,
         tau,
         hard,
+        n_of_m,
     )

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._reference import product_per_group
+
+
+def convolve(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A plain convolution with the padding of `masked_conv2d` below."""
+    before_h, after_h, before_w, after_w = padding
+    around = (before_h, before_w)
+    if (after_h, after_w) != around:
+        x = F.pad(x, (before_w, after_w, before_h, after_h))
+        around = (0, 0)
+    return F.conv2d(x, weight, bias, tuple(stride), around, tuple(dilation), groups)
 
 
 def masked_conv2d(
@@ -29,19 +48,14 @@ def masked_conv2d(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    n_of_m: tuple[int, int] | None = None,
 ) -> Tensor:
     """See `modmask_kernels.ops.masked_conv2d`; arguments are assumed valid.
 
     `padding`: zeros before and after the first spatial dimension, then the second.
     """
-    before_h, after_h, before_w, after_w = padding
-
-    def convolve(part: Tensor, masked: Tensor, bias: Tensor | None) -> Tensor:
-        padded = F.pad(part, (before_w, after_w, before_h, after_h))
-        return F.conv2d(padded, masked, bias, tuple(stride), 0, tuple(dilation), groups)
-
     return product_per_group(
-        convolve,
+        partial(convolve, stride, padding, dilation, groups),
         x,
         weight,
         logits,
@@ -55,4 +69,5 @@ def masked_conv2d(
         samples=samples,
         tau=tau,
         hard=hard,
+        n_of_m=n_of_m,
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._blocks import scaled_side
 from .._masked_product import (
     MaskedProduct,
     check_batch,
+    check_hard,
     check_parameters,
     explain,
     lowered,
     number_of_bias,
     positional,
 )
+from .._scaled import scaled_product
 from . import reference
 
 __all__ = ["explain", "masked_linear"]
@@ -36,6 +40,7 @@ def _check_arguments(
     bias_logits: Tensor | None,
     seed: Tensor | None,
     samples: int,
+    n_of_m: tuple[int, int] | None,
     batch_dim: int,
 ) -> None:
     if weight.dim() != 2:
@@ -45,7 +50,7 @@ def _check_arguments(
             f"x must have shape [..., {weight.shape[1]}] to fit weight {_check.shape_of(weight)}, "
             f"not {_check.shape_of(x)}"
         )
-    sets = check_parameters(x, weight, logits, bias, bias_logits, seed)
+    sets = check_parameters(x, weight, logits, bias, bias_logits, seed, n_of_m)
     if not -x.dim() <= batch_dim < x.dim() - 1 or batch_dim == -1:
         if x.dim() == 1:
             raise ValueError("x must have a batch dimension: shape [..., in] with two or more")
@@ -71,6 +76,7 @@ def masked_linear(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    n_of_m: tuple[int, int] | None = None,
     batch_dim: int = 0,
 ) -> Tensor:
     r"""Linear layer whose weight is masked anew for every group of the batch.
@@ -85,7 +91,9 @@ def masked_linear(
         x: `[..., in]`; float32, bfloat16, float16 (fused on the CPU) or float64 (reference).
         weight: `[out, in]`, dtype of `x`.
         logits: `[out, in]` or `[sets, out, in]`, float32 (float64 beside float64 `x`). A weight is
-            kept with probability `sigmoid(logit)`.
+            kept with probability `sigmoid(logit)`. Also smaller, where every size divides that of
+            the weight: `[out / r, in / c]` has one logit for each block of `r` x `c` weights. With
+            `[out / r, 1]` or `[1, in / c]` a plain product is scaled by the mask.
         bias: `[out]`, dtype of `x`.
         bias_logits: `[out]` or `[sets, out]`; masks the bias likewise.
         seed: int64 tensor `[]` or `[sets]` on the device of `x`; `None` keeps weights with
@@ -99,6 +107,10 @@ def masked_linear(
         tau: temperature of the surrogate; a hard mask's value does not depend on it.
         hard: exactly 0/1 with the straight-through gradient of the soft mask; else the soft mask
             `sigmoid((logit + log((1-u)/u)) / tau)`.
+        n_of_m: `(n, m)` keeps, of every m consecutive inputs of an output, the n with the largest
+            `logit + log((1-u)/u)`, or the largest logit without a seed; of equal ones the first.
+            Logits have the shape of the weight, masks are hard, the gradient is that of the mask
+            without `n_of_m` (n:m sparsity of Mishra et al. 2021; Zhou et al. 2021).
         batch_dim: the dimension of `x` that is cut into groups.
 
     Returns:
@@ -114,13 +126,14 @@ def masked_linear(
     Equivalent to::
 
         masks = sample_mask(logits, seed=seed, samples=samples, tau=tau, hard=hard)
+        masks = masks.repeat_interleave(r, -2).repeat_interleave(c, -1)  # blocks of weights
         parts = x.chunk(sets * samples, dim=batch_dim)
         y = [F.linear(parts[s * samples + k], weight * masks[k, s], bias)
              for s in range(sets) for k in range(samples)]
         return torch.cat(y, dim=batch_dim)
     """
     _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
-    draw = (
+    draw: tuple[Any, ...] = (
         tensor_id,
         number_of_bias(tensor_id, bias_tensor_id),
         sample_offset,
@@ -129,13 +142,21 @@ def masked_linear(
         tau,
         hard,
     )
-    if batch_dim == 0:
+    check_hard(n_of_m, hard)
+    if batch_dim == 0 and n_of_m is None:
         quick = _product.quick(x, weight, logits, bias, bias_logits, seed, *draw)
         if quick is not None:
             return quick
     _check.check_tensors(x=x, weight=weight, logits=logits)
     x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
-    _check_arguments(x, weight, logits, bias, bias_logits, seed, samples, batch_dim)
+    _check_arguments(x, weight, logits, bias, bias_logits, seed, samples, n_of_m, batch_dim)
     x = x.movedim(batch_dim, 0)
-    y = _product(x, weight, logits, bias, bias_logits, seed, *draw)
+    operands = (x, weight, logits, bias, bias_logits)
+    side = scaled_side(weight, logits)
+    if side is not None:
+        y = scaled_product(F.linear, side, -1, *operands, seed, *draw)
+    elif n_of_m is not None or logits.shape[-2:] != weight.shape:
+        y = _product.reference(*operands, seed, *draw, n_of_m)
+    else:
+        y = _product(*operands, seed, *draw)
     return y.movedim(0, batch_dim)

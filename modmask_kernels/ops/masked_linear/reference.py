@@ -23,6 +23,7 @@ def masked_linear(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    n_of_m: tuple[int, int] | None = None,
     batch_dim: int = 0,
 ) -> Tensor:
     """See `modmask_kernels.ops.masked_linear`; arguments are assumed valid."""
@@ -41,5 +42,6 @@ def masked_linear(
         samples=samples,
         tau=tau,
         hard=hard,
+        n_of_m=n_of_m,
         batch_dim=batch_dim,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._blocks import n_largest
+
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 7  # the least that passes the published batteries (Salmon et al. 2011, table 2)
@@ -125,6 +127,17 @@ def keep(logits: Tensor, words: Tensor) -> Tensor:
     return u * exp_minus(logits) < 1.0 - u
 
 
+def odds(logits: Tensor, words: Tensor) -> Tensor:
+    """exp(logit + log((1-u)/u)), by which n:m masks rank: float32, equal on every backend."""
+    u = (2 * words + 1).to(torch.float32)
+    return (2.0**24 - u) / (u * exp_minus(logits))
+
+
+def threshold(logits: Tensor, n_of_m: tuple[int, int] | None = None) -> Tensor:
+    """The mask without noise: logit > 0, or the n largest of every m."""
+    return logits > 0 if n_of_m is None else n_largest(logits.to(torch.float32), *n_of_m)
+
+
 def soft(logits: Tensor, words: Tensor, tau: float = 1.0) -> Tensor:
     """s = sigmoid((logit + log((1-u)/u)) / tau), differentiable, in the dtype of the logits."""
     u = (2 * words + 1).to(logits.dtype) * 2.0**-24
@@ -140,14 +153,16 @@ def mask_of_sample(
     element_offset: int = 0,
     tau: float = 1.0,
     hard: bool = True,
+    n_of_m: tuple[int, int] | None = None,
 ) -> Tensor:
     """One mask of one set, differentiable with respect to `logits` (straight-through if hard).
 
-    `seed=None` is the threshold mask logit > 0; its surrogate is that of u = 1/2.
+    `seed=None` is the threshold mask logit > 0; its surrogate is that of u = 1/2. `n_of_m` keeps
+    the n largest of every m consecutive logits along dimension 1, noise included.
     """
     if seed is None:
         s = torch.sigmoid(logits / tau)
-        kept = logits > 0
+        kept = threshold(logits.detach(), n_of_m)
     else:
         words = noise_words(
             logits.numel(),
@@ -157,7 +172,11 @@ def mask_of_sample(
             element_offset=element_offset,
         ).view(logits.shape)
         s = soft(logits, words, tau)
-        kept = keep(logits.detach(), words)
+        kept = (
+            keep(logits.detach(), words)
+            if n_of_m is None
+            else n_largest(odds(logits.detach(), words), *n_of_m)
+        )
     if not hard:
         return s
     # written so that the value is exactly 0 or 1, even where s is NaN, and the gradient that of s

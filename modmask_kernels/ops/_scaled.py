@@ -1,0 +1,133 @@
+"""Masks over whole outputs or whole inputs: they scale, and the product is a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sample_mask import sample_mask
+from .sample_mask.reference import mask_of_sample
+
+
+def group_masks(
+    logits: Tensor,
+    tensor_id: int,
+    element_offset: int,
+    seed: Tensor | None,
+    sample_offset: int,
+    samples: int,
+    tau: float,
+    hard: bool,
+) -> Tensor:
+    """The masks of every group, [sets * samples, logits of one set], of `logits` [sets, ...]."""
+    logits = logits.flatten(1)
+    if seed is None:
+        return mask_of_sample(logits, seed=None, tau=tau, hard=hard)
+    masks = sample_mask(
+        logits,
+        seed=seed.expand(logits.shape[0]),
+        samples=samples,
+        tau=tau,
+        hard=hard,
+        tensor_id=tensor_id,
+        sample_offset=sample_offset,
+        element_offset=element_offset,
+    )
+    return masks.transpose(0, 1).flatten(0, 1)
+
+
+class _Scale(torch.autograd.Function):
+    """`t * values`, whose gradient of `values` is summed in float32 or better."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, values: Tensor) -> Tensor:
+        return t * values.to(t.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        t, values = ctx.saved_tensors
+        need_t, need_values = ctx.needs_input_grad
+        dt = dy * values.to(dy.dtype) if need_t else None
+        dvalues = None
+        if need_values:
+            dvalues = (dy.to(values.dtype) * t).sum_to_size(values.shape)
+        return dt, dvalues
+
+
+def _of_groups(t: Tensor, groups: int) -> Tensor:
+    return t.reshape(groups, t.shape[0] // groups, *t.shape[1:])
+
+
+def _along(values: Tensor, dim: int, dims: int) -> Tensor:
+    """values [groups, n] against tensors of `dims` dimensions, groups and rows first."""
+    shape = [values.shape[0], *[1] * (dims - 1)]
+    shape[dim] = values.shape[1]
+    return values.reshape(shape)
+
+
+def scaled_product(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    side: int,
+    channel_dim: int,
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    tensor_id: int,
+    bias_tensor_id: int,
+    sample_offset: int,
+    element_offset: int,
+    samples: int,
+    tau: float,
+    hard: bool,
+) -> Tensor:
+    """`product_per_group` where the mask scales the outputs (side 0) or the inputs (side 1).
+
+    Args:
+        product: of x, weight and bias, for the whole batch.
+        side: see `scaled_side`.
+        channel_dim: of the outputs in the result, and of the inputs in x; the batch is dimension 0.
+    """
+    if logits.dim() == weight.dim():
+        logits = logits.unsqueeze(0)
+    draw = (seed, sample_offset, samples, tau, hard)
+    masks = group_masks(logits, tensor_id, element_offset, *draw)
+    groups = masks.shape[0]
+
+    def scale(t: Tensor) -> Tensor:
+        parts = _of_groups(t, groups)
+        dim = channel_dim % t.dim() + 1
+        size, n = parts.shape[dim], weight.shape[side]
+        values = masks.repeat_interleave(n // masks.shape[1], 1) if masks.shape[1] else masks
+        # a grouped convolution has its inputs once per group
+        values = _along(values.repeat(1, size // n) if n else values, dim, parts.dim())
+        scaled: Tensor = _Scale.apply(parts, values)
+        return scaled.reshape(t.shape)
+
+    if side == 1:
+        x = scale(x)
+    own_bias = bias if side == 1 and bias_logits is None else None
+    y = product(x, weight, own_bias)
+    if side == 0:
+        y = scale(y)
+    if bias is None or own_bias is not None:
+        return y
+    dim = channel_dim % y.dim() + 1
+    if bias_logits is None:
+        values = bias.expand(1, -1)
+        return (y.unsqueeze(0) + _along(values, dim, y.dim() + 1)).squeeze(0)
+    if bias_logits.dim() == 1:
+        bias_logits = bias_logits.unsqueeze(0)
+    values = bias * group_masks(bias_logits, bias_tensor_id, 0, *draw).to(bias.dtype)
+    return (_of_groups(y, groups) + _along(values, dim, y.dim() + 1)).reshape(y.shape)
