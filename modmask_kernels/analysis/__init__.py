@@ -1,5 +1,6 @@
 """Measures and tests of masks: pure functions of masks, logits and results."""
 
+from .ablation import Ablation, Interval, ablate
 from .confusion import OUTCOMES, confusion_counts, confusion_percent
 from .logits import histogram, undecided
 from .mask_tests import (
@@ -36,10 +37,13 @@ from .statistics import Statistic, mean_std, summarise
 
 __all__ = [
     "OUTCOMES",
+    "Ablation",
     "ExcludeIO",
     "HalfMaskResult",
+    "Interval",
     "InverseMaskResult",
     "Statistic",
+    "ablate",
     "chance_io_min",
     "chance_iou",
     "chance_overall_io_min",
