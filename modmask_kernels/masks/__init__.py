@@ -1,6 +1,7 @@
 """Mask sets: conversion of models, algebra and files of masks, learning."""
 
 from .convert import mask_model, masked_layers, set_mode, unmask_model, use_set
+from .exchange import export_masks, from_prune, import_masks, to_prune
 from .fingerprint import weight_hash
 from .learn import LearnResult, learn_masks
 from .mask_set import MaskSet
@@ -9,11 +10,15 @@ from .select import select_masks, use_sets
 __all__ = [
     "LearnResult",
     "MaskSet",
+    "export_masks",
+    "from_prune",
+    "import_masks",
     "learn_masks",
     "mask_model",
     "masked_layers",
     "select_masks",
     "set_mode",
+    "to_prune",
     "unmask_model",
     "use_set",
     "use_sets",
