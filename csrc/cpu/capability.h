@@ -64,6 +64,24 @@ inline void select_conv_any(
   });
 }
 
+inline void rnn_forward_any(const RnnProblem& p, const RnnResults& results, const Runner& runner) {
+  switch (p.cell) {
+    case RnnCell::kLstm:
+      return rnn_forward<Lstm>(p, results, runner);
+    case RnnCell::kGru:
+      return rnn_forward<Gru>(p, results, runner);
+  }
+}
+
+inline void rnn_backward_any(const RnnProblem& p, const RnnGradients& d, const Runner& runner) {
+  switch (p.cell) {
+    case RnnCell::kLstm:
+      return rnn_backward<Lstm>(p, d, runner);
+    case RnnCell::kGru:
+      return rnn_backward<Gru>(p, d, runner);
+  }
+}
+
 inline void values(
     const MaskSpec& spec, const float* logits, int64_t count, float* out, const Runner& runner) {
   if (spec.hard) {
@@ -88,12 +106,15 @@ inline bool top_k_any(const TopKProblem& p, uint8_t* const* masks, const Runner&
 constexpr Kernels table(const char* name) {
   return {
       name,
+      kLanes,
       linear_forward_any,
       linear_backward_any,
       conv_forward_any,
       conv_backward_any,
       select_linear_any,
       select_conv_any,
+      rnn_forward_any,
+      rnn_backward_any,
       values,
       sample_bits,
       sample_backward,

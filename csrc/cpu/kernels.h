@@ -34,6 +34,7 @@ struct LinearProblem {
   int64_t rows;  // of each group
   int64_t in;
   int64_t out;
+  int64_t steps = 1;         // gradients only: x is [steps, groups * rows / steps, in]
   const void* x;             // [groups * rows, in], contiguous, as everything here
   const void* weight;        // [out, in]
   const float* logits;       // [sets, out, in]
@@ -81,6 +82,53 @@ struct Gradients {
   float* dbias_logits;
 };
 
+enum class RnnCell { kLstm, kGru };
+
+// One direction of one recurrent layer, in float32. Of two parameters the first is that of the
+// input, the second that of the hidden state.
+struct RnnProblem {
+  MaskSpec mask;          // its tensor_id is of no use here
+  int64_t tensor_ids[4];  // of both weights, then of both biases
+  RnnCell cell;
+  int64_t steps;
+  int64_t rows;  // sequences of each group
+  int64_t in;
+  int64_t hidden;
+  int64_t gates;
+  bool reverse;
+  const int64_t* lengths;       // [groups * rows], or null where all sequences have all steps
+  const float* x;               // [steps, groups * rows, in], contiguous
+  const float* h0;              // [groups * rows, hidden] or null for zeros
+  const float* c0;              // the same, where the cell has such a state
+  const float* weights[2];      // [gates * hidden, in or hidden]
+  const float* logits[2];       // [sets, *weight]
+  const float* biases[2];       // [gates * hidden] or null
+  const float* bias_logits[2];  // [sets, gates * hidden] or null
+};
+
+struct RnnResults {
+  float* y;      // [steps, groups * rows, hidden]
+  float* h_n;    // [groups * rows, hidden]
+  float* c_n;    // the same, or null
+  float* saved;  // steps * saved_values(...)
+};
+
+// Outputs that are null are not computed.
+struct RnnGradients {
+  const float* y;      // of the forward pass
+  const float* saved;  // likewise
+  const float* dy;     // or null for zeros, as the next two
+  const float* dh_n;
+  const float* dc_n;
+  float* dx;
+  float* dh0;
+  float* dc0;
+  float* dweights[2];
+  float* dlogits[2];
+  float* dbiases[2];
+  float* dbias_logits[2];
+};
+
 struct TopKProblem {
   const void* const* scores;  // [tensors], each of counts[t] values
   const int64_t* counts;
@@ -119,12 +167,15 @@ struct Selection {
 
 struct Kernels {
   const char* capability;
+  int lanes;  // floats of a vector
   void (*linear_forward)(const LinearProblem&, void* y, const Runner&);
   void (*linear_backward)(const LinearProblem&, const Gradients&, const Runner&);
   void (*conv_forward)(const ConvProblem&, void* y, const Runner&);
   void (*conv_backward)(const ConvProblem&, const Gradients&, const Runner&);
   void (*select_linear)(const LinearProblem&, const Selection&, void* y, const Runner&);
   void (*select_conv)(const ConvProblem&, const Selection&, void* y, const Runner&);
+  void (*rnn_forward)(const RnnProblem&, const RnnResults&, const Runner&);
+  void (*rnn_backward)(const RnnProblem&, const RnnGradients&, const Runner&);
   // values: [samples, sets, count]
   void (*sample_values)(const MaskSpec&, const float* logits, int64_t count, float*, const Runner&);
   // bits: [samples, sets, ceil(count / 8)]

@@ -33,6 +33,7 @@
 #include "masked_linear_kernels.h"
 #include "masked_conv_kernels.h"
 #include "select_kernels.h"
+#include "masked_rnn_kernels.h"
 #include "sample_mask_kernels.h"
 #include "top_k_kernels.h"
 #include "capability.h"

@@ -582,12 +582,17 @@ inline void add_sample(const BackwardTile& t, const float* products, bool dlogit
   }
 }
 
+// The gradients from dy as float32 and transposed, [out][dy_step], its rows in group-major order.
 template <typename T, bool kHard>
-void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& runner) {
+void linear_gradients(
+    const LinearProblem& p,
+    const Gradients& d,
+    const float* dy,
+    int64_t dy_step,
+    const Runner& runner) {
   const MaskSpec& spec = p.mask;
   const int64_t groups = spec.sets * spec.samples;
   const int64_t in = p.in, out = p.out, rows = p.rows;
-  const int64_t all_rows = groups * rows;
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
   T* dx = static_cast<T*>(d.dx);
@@ -596,20 +601,20 @@ void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& r
   // whole cache lines only
   const bool streamed = spec.sets * out * in >= kStreamed && in % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(d.dlogits) % 64 == 0;
-  // long sums over the batch are cut into equal parts of at most kSumDepth rows
-  const int64_t depth = ceil_div(rows, ceil_div(rows, kSumDepth));
-
-  // dy as float32 and transposed, [out][dy_step]: its rows are too far apart to be read as they are
+  // Long sums over the batch are cut into equal parts, shorter ones where rows of many steps, large
+  // and small, follow each other.
+  const int64_t longest = p.steps == 1 ? kSumDepth : kSumDepth / 4;
+  const int64_t depth = ceil_div(rows, ceil_div(rows, longest));
   const int64_t o_blocks = ceil_div(out, kBackwardRows);
-  const int64_t dy_step = spread(all_rows);
-  thread_local Scratch shared_scratch;
-  const auto lease = shared_scratch.reserve(Scratch::need(out * dy_step));
-  float* dy = shared_scratch.floats(out * dy_step);
-  run_tasks(runner, o_blocks, static_cast<double>(all_rows * out) / 2, [&](int64_t t) {
-    const int64_t o0 = t * kBackwardRows;
-    const int64_t o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
-    transpose(static_cast<const T*>(d.dy) + o0, out, all_rows, o_count, dy + o0 * dy_step, dy_step);
-  });
+  // where a row of the group-major order lies in x and dx
+  const int64_t rows_at_once = rows / p.steps;
+  const auto place = [&](int64_t row) {
+    if (p.steps == 1) {
+      return row;
+    }
+    const int64_t group = row / rows, step = row % rows / rows_at_once;
+    return (step * groups + group) * rows_at_once + row % rows_at_once;
+  };
 
   if (dx != nullptr || need_outer) {
     // a task owns a block of inputs; without dx, whose sums run over all outputs, also of outputs
@@ -659,7 +664,7 @@ void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& r
 
       if (need_outer) {
         for (int64_t r = 0; r < rows_each; ++r) {
-          const T* from = x + (first_row + r) * in + i0;
+          const T* from = x + place(first_row + r) * in + i0;
           for (int64_t i = 0; i < padded(tile.i_count); i += kLanes) {
             store(
                 x_strips + strip_at(i / kTileColumns * kTileColumns, r) + i % kTileColumns,
@@ -731,7 +736,7 @@ void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& r
           for (int64_t i = 0; i < tile.i_count; i += kTileColumns) {
             const int64_t left = tile.i_count - i;
             narrow_row(
-                dx_strips + strip_at(i, r), dx + (first_row + r) * in + i0 + i,
+                dx_strips + strip_at(i, r), dx + place(first_row + r) * in + i0 + i,
                 left < kTileColumns ? left : kTileColumns);
           }
         }
@@ -744,6 +749,25 @@ void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& r
         p, d, static_cast<double>(groups * rows * out) / kLanes, runner,
         [&](int64_t o, int64_t group) { return sum(dy + o * dy_step + group * rows, rows); });
   }
+}
+
+template <typename T, bool kHard>
+void linear_backward(const LinearProblem& p, const Gradients& d, const Runner& runner) {
+  const int64_t out = p.out, all_rows = p.mask.sets * p.mask.samples * p.rows;
+  // the rows of dy are too far apart to be read as they are
+  const int64_t dy_step = spread(all_rows);
+  thread_local Scratch shared_scratch;
+  const auto lease = shared_scratch.reserve(Scratch::need(out * dy_step));
+  float* dy = shared_scratch.floats(out * dy_step);
+  run_tasks(
+      runner, ceil_div(out, kBackwardRows), static_cast<double>(all_rows * out) / 2,
+      [&](int64_t t) {
+        const int64_t o0 = t * kBackwardRows;
+        const int64_t o_count = out - o0 < kBackwardRows ? out - o0 : kBackwardRows;
+        transpose(
+            static_cast<const T*>(d.dy) + o0, out, all_rows, o_count, dy + o0 * dy_step, dy_step);
+      });
+  linear_gradients<T, kHard>(p, d, dy, dy_step, runner);
 }
 
 }  // namespace modmask::MODMASK_CAPABILITY

@@ -2,6 +2,7 @@
 
 from .masked_conv import masked_conv1d, masked_conv2d
 from .masked_linear import masked_linear
+from .masked_rnn import masked_gru, masked_lstm
 from .sample_mask import pack_bits, sample_mask, sample_mask_packed, unpack_bits
 from .select import select_conv1d, select_conv2d, select_linear
 from .top_k_mask import top_k_mask
@@ -9,7 +10,9 @@ from .top_k_mask import top_k_mask
 __all__ = [
     "masked_conv1d",
     "masked_conv2d",
+    "masked_gru",
     "masked_linear",
+    "masked_lstm",
     "pack_bits",
     "sample_mask",
     "sample_mask_packed",
