@@ -206,11 +206,12 @@ def _masked_rnn(
     gates = GATES[cell]
     if weight_hh.dim() != 2 or weight_hh.shape[0] != gates * weight_hh.shape[1]:
         raise ValueError(
-            f"weight_hh must have shape [{gates} * hidden, hidden], not {_check.shape_of(weight_hh)}"
+            f"weight_hh must have shape [{gates} * hidden, hidden], "
+            f"not {_check.shape_of(weight_hh)}"
         )
     batch, hidden = x.shape[1], weight_hh.shape[1]
     out = gates * hidden
-    logits_ih, logits_hh, bias_logits_ih, bias_logits_hh = (
+    logits_ih, logits_hh, bias_logits_ih, bias_logits_hh = (  # type: ignore[assignment]
         t.unsqueeze(0) if t is not None and t.dim() == dims else t
         for t, dims in (
             (logits_ih, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +15,20 @@ CELLS = ("lstm", "gru")
 GATES = {"lstm": 4, "gru": 3}
 
 
-def lstm_step(
-    x: Tensor, h: Tensor, c: Tensor, matrices: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """One step of `torch.nn.LSTM`; matrices are weight_ih, weight_hh, bias_ih, bias_hh."""
+Matrices = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weights, biases: input, hidden
+
+
+def lstm_step(x: Tensor, h: Tensor, c: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
+    """One step of `torch.nn.LSTM`."""
     w_ih, w_hh, b_ih, b_hh = matrices
-    assert w_ih is not None and w_hh is not None
     i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def gru_step(
-    x: Tensor, h: Tensor, c: Tensor, matrices: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
+def gru_step(x: Tensor, h: Tensor, c: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
     """One step of `torch.nn.GRU`; c passes through."""
     w_ih, w_hh, b_ih, b_hh = matrices
-    assert w_ih is not None and w_hh is not None
     x_r, x_z, x_n = F.linear(x, w_ih, b_ih).chunk(3, dim=-1)
     h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, dim=-1)
     z = torch.sigmoid(x_z + h_z)
@@ -91,7 +89,7 @@ def masked_rnn(
         h, c = (x.new_zeros(rows, hidden) if t is None else t[part] for t in (h0, c0))
         y: list[Tensor] = [x.new_empty(0)] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
-            new_h, new_c = STEPS[CELLS[cell]](x[t, part], h, c, masked)
+            new_h, new_c = STEPS[CELLS[cell]](x[t, part], h, c, cast(Matrices, masked))
             y[t] = new_h
             if lengths is not None:
                 runs = (t < lengths[part]).unsqueeze(1)
