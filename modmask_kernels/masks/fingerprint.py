@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import find_masked_layers, unwrapped
+from .ranks import whole
 
 
 def _bytes_of(tensor: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
@@ -37,6 +38,6 @@ def weight_hash(model: nn.Module) -> str:
         if parameter.is_meta:
             raise ValueError(f"model: parameter {name!r} is on the meta device, it has no values")
         digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
-        values = parameter.detach().to(torch.device("cpu")).contiguous()
+        values = whole(parameter.detach()).to(torch.device("cpu")).contiguous()
         digest.update(_bytes_of(values))
     return digest.hexdigest()

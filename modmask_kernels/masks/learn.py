@@ -68,7 +68,7 @@ def _learning(learner: Learner, mode: str) -> Iterator[None]:
     model = learner.model
     training = [(module, module.training) for module in model.modules()]
     layers = [
-        (layer, layer._mode, layer._active, layer._views, layer.seed)
+        (layer, layer._mode, layer._active, layer._views, layer.seed, layer.sample_offset)
         for layer in learner.layers.values()
     ]
     logits = {id(t.logits) for t in learner.tensors.values()}
@@ -83,15 +83,16 @@ def _learning(learner: Learner, mode: str) -> Iterator[None]:
         for layer, *_ in layers:
             layer._mode = mode  # type: ignore[assignment]
             layer.seed = learner.seed
+            layer.sample_offset += learner.ranks.rank * learner.samples
         learner.select(learner.runs[0])
         with torch.enable_grad():
             yield
     finally:
         for module, flag in training:
             module.training = flag
-        for layer, former_mode, active, views, seed in layers:
+        for layer, former_mode, active, views, seed, offset in layers:
             layer._mode, layer._active, layer._views = former_mode, active, views
-            layer.seed = seed
+            layer.seed, layer.sample_offset = seed, offset
         for parameter, flag, grad in weights:
             parameter.requires_grad_(flag)
             parameter.grad = grad
@@ -188,6 +189,7 @@ def learn_masks(
     callback: Callback | None = None,
     callback_every: int = 100,
     description: str | None = None,
+    data_parallel: bool | None = None,
 ) -> LearnResult:
     """Learn masks for one or several functions of a frozen network.
 
@@ -229,6 +231,12 @@ def learn_masks(
             unbroken run on the same machine, versions and threads (times aside).
         callback: called as ``callback(step, rows)`` every `callback_every` steps and at the end.
         description: text in front of the progress bar.
+        data_parallel: whether the processes of the default `torch.distributed` group learn one
+            result together; None: if there is such a group. Each calls this function with its own
+            part of every batch; rank r draws samples ``r * samples ... r * samples + samples - 1``
+            of the same seeds, gradients and losses are averaged, and all get the result that one
+            process with all samples gets from the joint batch, up to rounding. The logits start
+            from those of rank 0, which alone writes the checkpoint and shows the progress bar.
 
     Returns:
         LearnResult: steps, metrics, time and the masks with their logits.
@@ -282,10 +290,11 @@ def learn_masks(
     missing = [name for name in chosen if not callable(losses.get(name))]
     if missing:
         raise TypeError(f"loss: expected a callable for set {missing[0]!r}, got {loss!r}")
-    learner = Learner(model, losses, chosen, settings)
+    learner = Learner(model, losses, chosen, settings, data_parallel=data_parallel)
     if checkpoint is not None:  # better now than after the first thousand steps
         for stream in learner.streams:
             learner.data_state(stream)
+        learner.identity()  # by all processes: it gathers weights in shards
     metrics: list[dict[str, Any]] = []
     done, earlier = 0, 0.0
     with _learning(learner, mode):
@@ -298,7 +307,7 @@ def learn_masks(
         start = time.perf_counter() - earlier
 
         def save(step: int) -> None:
-            if checkpoint is not None:
+            if checkpoint is not None and learner.ranks.rank == 0:
                 learner.check_late()
                 now = {"step": step, "time": time.perf_counter() - start, "metrics": metrics}
                 save_checkpoint(checkpoint, {**learner.state(), **now})
@@ -316,7 +325,7 @@ def learn_masks(
         saved = done
         label = description or f"masks {', '.join(s.name for s in learner.streams)}"
         with (
-            progress_bar(steps, done, label, shown=progress) as bar,
+            progress_bar(steps, done, label, shown=progress and learner.ranks.rank == 0) as bar,
             _deferred_interrupt() as interrupted,
         ):
             for step in range(done, steps):

@@ -15,6 +15,7 @@ from .batches import batch_size, call_model, cut, inputs_of, join
 from .checkpoint import check_storable
 from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
 from .fingerprint import weight_hash
+from .ranks import Ranks, is_sharded
 from .seeds import step_seed, stream_key
 
 Data = Callable[[int, torch.Generator], Any]
@@ -88,9 +89,14 @@ class Learner:
         settings: Settings,
         *,
         immediate: bool | None = None,
+        data_parallel: bool | None = False,
     ) -> None:
-        """`immediate`: look at every step's loss at once; None decides by the device."""
+        """`immediate`: look at every step's loss at once; None decides by the device.
+
+        `data_parallel`: see `learn_masks`.
+        """
         self.model = model
+        self.ranks = Ranks(data_parallel)
         self.settings = settings
         self.layers = masked_layers(model)
         self.tensors = masked_tensors(self.layers)
@@ -121,8 +127,11 @@ class Learner:
             self.runs.append(Run(streams, (start, count), list(leaves.values()), views))
         self.streams = [stream for run in self.runs for stream in run.streams]
 
+        self.ranks.share(t.logits.detach() for t in self.tensors.values())
         self.weights: list[Tensor] = []
         if settings.union_clip:
+            if self.ranks.count > 1:
+                raise ValueError("union_clip: expected one process, not a data-parallel job")
             if len(self.streams) > 1:
                 raise ValueError(
                     "union_clip: expected one set, since the gradients of the weights belong to "
@@ -207,7 +216,9 @@ class Learner:
                     "data: sets learned together need batches of one size, "
                     f"got {got} at step {step}"
                 )
-            output = call_model(self.model, join(inputs, dim, step))
+            if step == 0:
+                self.ranks.check_sizes(sizes, step)
+            output = call_model(_inside_ddp(self.model), join(inputs, dim, step))
             outputs = cut(output, len(sizes), sizes[0], dim)
             losses = [
                 _checked_loss(*of_set) for of_set in zip(run.streams, outputs, batches, strict=True)
@@ -223,7 +234,11 @@ class Learner:
             leaf.grad = None
             if gradient is None:  # a layer that the model did not call
                 gradient = torch.zeros_like(leaf)
+            self.ranks.average([gradient])
             parts.append((gradient,) if several == 1 else gradient.chunk(several))
+        if self.ranks.count > 1:
+            losses = [loss.detach().clone() for loss in losses]
+            self.ranks.average(losses)
         gradients = [[part[n] for part in parts] for n in range(several)]
         weights = [p.grad for p in self.weights if p.grad is not None]
         for stream, loss, grads in zip(run.streams, losses, gradients, strict=True):
@@ -360,6 +375,7 @@ class Learner:
                 for n, t in self.tensors.items()
             },
             "weight_hash": self._weight_hash,
+            **({} if self.ranks.count == 1 else {"processes": self.ranks.count}),
         }
 
     def data_state(self, stream: Stream) -> Any:
@@ -444,6 +460,11 @@ class Learner:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
 
 
+def _inside_ddp(model: nn.Module) -> nn.Module:
+    """The model without the wrapper, which waits for gradients of the logits it knows."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def _checked_loss(stream: Stream, output: Any, batch: Any) -> Tensor:
     """The task loss of one set, ValueError unless it is a scalar that depends on the masks."""
     try:
@@ -520,6 +541,11 @@ def _check_tensors(layers: Mapping[str, MaskedModule], tensors: Mapping[str, Mas
     for name, (parameter, logits, tensor_id, _) in tensors.items():
         if parameter.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device, it has no values")
+        if is_sharded(logits):
+            raise ValueError(
+                f"logits: those of {name!r} are sharded; keep them whole with fully_shard(..., "
+                "ignored_params={p for n, p in model.named_parameters() if n.endswith('_logits')})"
+            )
         if logits.device != parameter.device:
             raise ValueError(
                 f"logits: those of {name!r} are on {logits.device}, "
