@@ -1,7 +1,9 @@
 """The operations: pure functions of tensors and an explicit seed."""
 
 from .masked_conv import masked_conv1d, masked_conv2d
+from .masked_conv_transpose import masked_conv_transpose1d, masked_conv_transpose2d
 from .masked_linear import masked_linear
+from .masked_matmul import masked_matmul
 from .masked_rnn import masked_gru, masked_lstm
 from .sample_mask import pack_bits, sample_mask, sample_mask_packed, unpack_bits
 from .select import select_conv1d, select_conv2d, select_linear
@@ -10,9 +12,12 @@ from .top_k_mask import top_k_mask
 __all__ = [
     "masked_conv1d",
     "masked_conv2d",
+    "masked_conv_transpose1d",
+    "masked_conv_transpose2d",
     "masked_gru",
     "masked_linear",
     "masked_lstm",
+    "masked_matmul",
     "pack_bits",
     "sample_mask",
     "sample_mask_packed",

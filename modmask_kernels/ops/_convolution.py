@@ -34,7 +34,7 @@ def shape_of_result(
     return (x.shape[0], weight.shape[0], *sizes)
 
 
-def _numbers(value: int | Sequence[int], dims: int, name: str, least: int) -> list[int]:
+def numbers(value: int | Sequence[int], dims: int, name: str, least: int) -> list[int]:
     """One number per spatial dimension."""
     numbers = [value] * dims if isinstance(value, int) else list(value)
     if len(numbers) == 1:
@@ -63,7 +63,7 @@ def _paddings(
             raise ValueError(f"padding='same' needs a stride of 1, not {tuple(stride)}")
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [n for total in totals for n in (total // 2, total - total // 2)]
-    return [n for n in _numbers(padding, dims, "padding", 0) for _ in range(2)]
+    return [n for n in numbers(padding, dims, "padding", 0) for _ in range(2)]
 
 
 def check_convolution(
@@ -100,8 +100,8 @@ def check_convolution(
     kernel = weight.shape[2:]
     if weight.shape[1] == 0 or any(n == 0 for n in kernel):
         raise ValueError(f"weight must not have a size of 0, got {_check.shape_of(weight)}")
-    stride = _numbers(stride, dims, "stride", 1)
-    dilation = _numbers(dilation, dims, "dilation", 1)
+    stride = numbers(stride, dims, "stride", 1)
+    dilation = numbers(dilation, dims, "dilation", 1)
     padding = _paddings(padding, dims, kernel, stride, dilation)
     for d, room in enumerate(_rooms(x, weight, padding, dilation)):
         if room < 0:

@@ -230,8 +230,12 @@ def check_parameters(
     bias_logits: Tensor | None,
     seed: Tensor | None,
     n_of_m: Sequence[int] | None = None,
+    outputs: int | None = None,
 ) -> int:
-    """Raise unless shapes of everything but x, all dtypes and devices fit; the number of sets."""
+    """Raise unless shapes of everything but x, all dtypes and devices fit; the number of sets.
+
+    `outputs`: length of the bias, where it is not the first dimension of weight.
+    """
     dims = weight.dim()
     if logits.dim() == dims:
         logits = logits.unsqueeze(0)
@@ -250,7 +254,7 @@ def check_parameters(
         )
     if n_of_m is not None:
         check_n_of_m(n_of_m, weight, logits)
-    sets, out = logits.shape[0], weight.shape[0]
+    sets, out = logits.shape[0], weight.shape[0] if outputs is None else outputs
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must have shape [{out}], not {_check.shape_of(bias)}")
     if bias_logits is not None:

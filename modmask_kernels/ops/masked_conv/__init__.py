@@ -41,7 +41,7 @@ def _shape(
     return shape_of_result(x, weight, stride, padding, dilation)
 
 
-_product = MaskedProduct(
+product = MaskedProduct(
     "masked_conv",
     "int[] stride, int[] padding, int[] dilation, int groups, ",
     positional(reference.masked_conv2d, "stride", "padding", "dilation", "groups"),
@@ -101,9 +101,9 @@ def _masked_conv(
         convolve = partial(reference.convolve, *options)
         y = scaled_product(convolve, side, 1, *operands, seed, *draw)
     elif n_of_m is not None or logits.shape[-4:] != weight.shape:
-        y = _product.reference(*operands, seed, *options, *draw, n_of_m)
+        y = product.reference(*operands, seed, *options, *draw, n_of_m)
     else:
-        y = _product(*operands, seed, *options, *draw)
+        y = product(*operands, seed, *options, *draw)
     if dims == 1:
         y = y.squeeze(2)
     return y.squeeze(0) if unbatched else y

@@ -29,7 +29,7 @@ def _shape(x: Tensor, weight: Tensor, *_: Any) -> tuple[int, ...]:
     return (*x.shape[:-1], weight.shape[0])
 
 
-_product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
+product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
 
 
 def _check_arguments(
@@ -144,7 +144,7 @@ def masked_linear(
     )
     check_hard(n_of_m, hard)
     if batch_dim == 0 and n_of_m is None:
-        quick = _product.quick(x, weight, logits, bias, bias_logits, seed, *draw)
+        quick = product.quick(x, weight, logits, bias, bias_logits, seed, *draw)
         if quick is not None:
             return quick
     _check.check_tensors(x=x, weight=weight, logits=logits)
@@ -156,7 +156,7 @@ def masked_linear(
     if side is not None:
         y = scaled_product(F.linear, side, -1, *operands, seed, *draw)
     elif n_of_m is not None or logits.shape[-2:] != weight.shape:
-        y = _product.reference(*operands, seed, *draw, n_of_m)
+        y = product.reference(*operands, seed, *draw, n_of_m)
     else:
-        y = _product(*operands, seed, *draw)
+        y = product(*operands, seed, *draw)
     return y.movedim(0, batch_dim)
