@@ -14,6 +14,9 @@ from ..nn import (
     MaskedAny,
     MaskedConv1d,
     MaskedConv2d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedHuggingFaceConv1D,
     MaskedLinear,
     MaskedModule,
     MaskedMultiheadAttention,
@@ -22,6 +25,7 @@ from ..nn import (
 from ..nn.granularity import Granularity, check_granularity, logits_shape
 from ..nn.masked_any import names_to_mask
 from ..nn.masked_module import check_mode, is_bias, name_sets
+from ..nn.masked_transposed import InsOuts, is_hugging_face_conv1d, turned
 from ..ops.sample_mask.reference import threshold
 
 ESTIMATORS = ("gumbel_sigmoid",)
@@ -31,6 +35,8 @@ MASKED_TYPES: dict[type[nn.Module], Any] = {
     nn.Linear: MaskedLinear,
     nn.Conv1d: MaskedConv1d,
     nn.Conv2d: MaskedConv2d,
+    nn.ConvTranspose1d: MaskedConvTranspose1d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
     nn.MultiheadAttention: MaskedMultiheadAttention,
 }
 
@@ -135,9 +141,16 @@ def counterpart(module: nn.Module, also: Sequence[type[nn.Module]] = ()) -> Any 
     for plain, masked in MASKED_TYPES.items():
         if isinstance(module, plain):
             return masked
+    if any(is_hugging_face_conv1d(kind) for kind in type(module).__mro__):
+        return MaskedHuggingFaceConv1D
     if isinstance(module, tuple(also)) and not isinstance(module, MaskedModule):
         return MaskedAny
     return None
+
+
+def _has_counterpart(kind: Any) -> bool:
+    """Whether it is itself a type that has a masked counterpart, not only a subclass of one."""
+    return kind in MASKED_TYPES or is_hugging_face_conv1d(kind)
 
 
 def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
@@ -146,7 +159,7 @@ def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
         return "torch.nn.MultiheadAttention reads its weight without calling it"
     if masked is MaskedAny:
         return "it is never called" if type(module).forward is nn.Module.forward else None
-    plain = next(old for old in MASKED_TYPES if isinstance(module, old))
+    plain: Any = next(old for old in type(module).__mro__ if _has_counterpart(old))
     if type(module).forward is not plain.forward:
         return f"{type(module).__name__} has its own forward"
     weights = [(module, "weight")]
@@ -215,15 +228,17 @@ def _granularities(
     """What one logit covers in each layer, checked against the layer's parameters."""
     chosen: dict[str, Granularity] = {}
     shapes: dict[int, tuple[str, tuple[int, ...]]] = {}
-    for name, (module, _) in layers.items():
+    for name, (module, masked) in layers.items():
         of_layer = granularity(name, module) if callable(granularity) else granularity
         chosen[name] = check_granularity(of_layer)
+        transposed = issubclass(masked, InsOuts)
         for leaf in names_to_mask(module, bias, _below(name, accept)):
             parameter = module.get_parameter(leaf)
             if is_bias(leaf):
                 continue
             try:
-                shape = logits_shape(chosen[name], parameter.shape)
+                own = turned(chosen[name], parameter.shape) if transposed else chosen[name]
+                shape = logits_shape(own, parameter.shape)
             except ValueError as error:
                 raise ValueError(f"{error} (layer {name!r})") from None
             first, expected = shapes.setdefault(id(parameter), (name, shape))

@@ -5,12 +5,20 @@ from .masked_attention import MaskedMultiheadAttention
 from .masked_conv import MaskedConv1d, MaskedConv2d
 from .masked_linear import MaskedLinear
 from .masked_module import MaskedModule, Mode
+from .masked_transposed import (
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedHuggingFaceConv1D,
+)
 from .select import SelectAny, SelectConv1d, SelectConv2d, SelectLinear, SelectModule
 
 __all__ = [
     "MaskedAny",
     "MaskedConv1d",
     "MaskedConv2d",
+    "MaskedConvTranspose1d",
+    "MaskedConvTranspose2d",
+    "MaskedHuggingFaceConv1D",
     "MaskedLinear",
     "MaskedModule",
     "MaskedMultiheadAttention",

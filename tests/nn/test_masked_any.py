@@ -17,7 +17,7 @@ MODULES = {
     "rms norm": (lambda: nn.RMSNorm(6), (12, 6)),
     "group norm": (lambda: nn.GroupNorm(2, 6), (12, 6, 3)),
     "batch norm": (lambda: nn.BatchNorm1d(6).eval(), (12, 6, 3)),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2), (12, 6, 5, 5)),
+    "transposed convolution": (lambda: nn.ConvTranspose3d(6, 4, 3, stride=2), (12, 6, 2, 2, 2)),
     "prelu": (lambda: nn.PReLU(6), (12, 6)),
     "embedding": (lambda: nn.Embedding(10, 6), (12, 7)),
 }

@@ -262,6 +262,15 @@ def test_no_inputs_and_no_outputs():
         torch.testing.assert_close(ops.masked_matmul(**tensors, **options), reference(**tensors))
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_logits_of_blocks(name):
+    tensors, options = CASES[name]()
+    tensors["logits"] = (
+        tensors["logits"][:, :1, :1] if name == "matmul" else tensors["logits"][:, :3, :, :1, :1]
+    )
+    check(name, tensors, options)
+
+
 def test_time_major_batches():
     tensors, options = matmul_case()
     y = ops.masked_matmul(**tensors, **options)
@@ -352,7 +361,11 @@ def test_autocast_meta_and_second_derivatives(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_float64_is_the_reference(name):
-    small = {"x": (1, 2, 2, 1), "outputs": 1, "kernel": (2, 1)} if name == "conv" else {"x": (1, 3), "outputs": 2}
+    small = (
+        {"x": (1, 2, 2, 1), "outputs": 1, "kernel": (2, 1)}
+        if name == "conv"
+        else {"x": (1, 3), "outputs": 2}
+    )
     tensors, options = CASES[name](dtype=torch.float64, hard=False, **small)
 
     def call(*leaves):

@@ -115,7 +115,7 @@ def _masked_conv_transpose(
                 f"output_padding must be smaller than stride or dilation, not {output_padding!r}"
             )
     outputs = weight.shape[1] * groups
-    sets = check_parameters(x, weight, logits, bias, bias_logits, seed, outputs)
+    sets = check_parameters(x, weight, logits, bias, bias_logits, seed, outputs=outputs)
     check_batch(x, 0, sets, 1 if seed is None else samples)
     if dims == 1:
         stride, dilation, cut, added = [1, *stride], [1, *dilation], [0, *cut], [0, *added]
@@ -139,7 +139,10 @@ def _masked_conv_transpose(
         hard,
     )
     operands = (x, weight, logits, bias, bias_logits, seed)
-    y = _product(*operands, stride, around, dilation, groups, *draw)
+    small = logits.shape[-4:] != weight.shape
+    y = (_product.reference if small else _product)(
+        *operands, stride, around, dilation, groups, *draw
+    )
     if dims == 1:
         y = y.squeeze(2)
     return y.squeeze(0) if unbatched else y
@@ -175,7 +178,8 @@ def masked_conv_transpose2d(
         x: `[batch, in, height, width]`, or `[in, height, width]` for a single image; float32,
             bfloat16, float16 (fused on the CPU) or float64 (reference).
         weight: `[in, out / groups, kernel height, kernel width]`, dtype of `x`.
-        logits: like `weight` or `[sets, *weight.shape]`, float32 (float64 beside float64 `x`).
+        logits: like `weight` or `[sets, *weight.shape]`, float32 (float64 beside float64 `x`);
+            smaller as in `masked_conv2d`, then the reference serves.
         bias: `[out]`. bias_logits: `[out]` or `[sets, out]`.
         stride, padding, output_padding, groups, dilation: as in
             `torch.nn.functional.conv_transpose2d`.

@@ -55,7 +55,8 @@ def masked_matmul(
     Args:
         x: `[..., in]`; float32, bfloat16, float16 (fused on the CPU) or float64 (reference).
         weight: `[in, out]`, dtype of `x`.
-        logits: `[in, out]` or `[sets, in, out]`, float32 (float64 beside float64 `x`).
+        logits: `[in, out]` or `[sets, in, out]`, float32 (float64 beside float64 `x`); smaller as
+            in `masked_linear`, then the reference serves.
         bias: `[out]`. bias_logits: `[out]` or `[sets, out]`.
         seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
             batch_dim: as in `masked_linear`.
@@ -93,16 +94,10 @@ def masked_matmul(
             f"batch_dim must be a dimension of x {_check.shape_of(x)} other than the last, "
             f"not {batch_dim}"
         )
-    sets = check_parameters(x, weight, logits, bias, bias_logits, seed, weight.shape[1])
+    sets = check_parameters(x, weight, logits, bias, bias_logits, seed, outputs=weight.shape[1])
     check_batch(x, batch_dim, sets, 1 if seed is None else samples)
     x = x.movedim(batch_dim, 0)
-    y = _product(
-        x,
-        weight,
-        logits,
-        bias,
-        bias_logits,
-        seed,
+    draw = (
         tensor_id,
         number_of_bias(tensor_id, bias_tensor_id),
         sample_offset,
@@ -110,5 +105,9 @@ def masked_matmul(
         samples,
         tau,
         hard,
+    )
+    small = logits.shape[-2:] != weight.shape
+    y = (_product.reference if small else _product)(
+        x, weight, logits, bias, bias_logits, seed, *draw
     )
     return y.movedim(0, batch_dim)
