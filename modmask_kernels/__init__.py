@@ -14,12 +14,25 @@ from .masks import (
     use_set,
     use_sets,
 )
-from .nn import MaskedConv1d, MaskedConv2d, MaskedLinear, MaskedMultiheadAttention
+from .nn import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedGRU,
+    MaskedGRUCell,
+    MaskedLinear,
+    MaskedLSTM,
+    MaskedLSTMCell,
+    MaskedMultiheadAttention,
+)
 
 __all__ = [
     "MaskSet",
     "MaskedConv1d",
     "MaskedConv2d",
+    "MaskedGRU",
+    "MaskedGRUCell",
+    "MaskedLSTM",
+    "MaskedLSTMCell",
     "MaskedLinear",
     "MaskedMultiheadAttention",
     "__version__",

@@ -30,6 +30,8 @@ def explain(subject: nn.Module | Tensor) -> str:
     for name, module in subject.named_modules():
         if isinstance(module, MaskedAny):
             lines.append(f"{name or '(root)'}: general path ({module.cost()})")
+        elif isinstance(module, MaskedModule) and not getattr(module, "fused", True):
+            lines.append(f"{name or '(root)'}: general path (the plain layer once per group)")
         elif isinstance(module, MaskedModule):
             backend, reason = explain_product(module.get_parameter(module.masked[0]))
             lines.append(f"{name or '(root)'}: {backend} ({reason})")

@@ -16,8 +16,12 @@ from ..nn import (
     MaskedConv2d,
     MaskedConvTranspose1d,
     MaskedConvTranspose2d,
+    MaskedGRU,
+    MaskedGRUCell,
     MaskedHuggingFaceConv1D,
     MaskedLinear,
+    MaskedLSTM,
+    MaskedLSTMCell,
     MaskedModule,
     MaskedMultiheadAttention,
     Mode,
@@ -37,6 +41,10 @@ MASKED_TYPES: dict[type[nn.Module], Any] = {
     nn.Conv2d: MaskedConv2d,
     nn.ConvTranspose1d: MaskedConvTranspose1d,
     nn.ConvTranspose2d: MaskedConvTranspose2d,
+    nn.LSTM: MaskedLSTM,
+    nn.GRU: MaskedGRU,
+    nn.LSTMCell: MaskedLSTMCell,
+    nn.GRUCell: MaskedGRUCell,
     nn.MultiheadAttention: MaskedMultiheadAttention,
 }
 
@@ -163,6 +171,9 @@ def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
     if type(module).forward is not plain.forward:
         return f"{type(module).__name__} has its own forward"
     weights = [(module, "weight")]
+    if issubclass(plain, (nn.RNNBase, nn.RNNCellBase)):
+        suffix = "_l0" if issubclass(plain, nn.RNNBase) else ""
+        weights = [(module, f"weight_ih{suffix}"), (module, f"weight_hh{suffix}")]
     if masked is MaskedMultiheadAttention:
         weights = [(module, "in_proj_weight"), (module.get_submodule("out_proj"), "weight")]
     if any(name not in owner._parameters for owner, name in weights):
@@ -434,6 +445,8 @@ def unmask_model(model: nn.Module) -> nn.Module:
         layer._drop_logits()
         for child in dense._modules:
             dense._modules[child] = layer._modules[child]
+        if isinstance(dense, nn.RNNBase):
+            dense._init_flat_weights()  # it keeps a list of its Parameters
         share_hooks(layer, dense)
         dense.train(layer.training)
         replacement[id(layer)] = dense

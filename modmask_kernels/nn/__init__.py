@@ -5,6 +5,7 @@ from .masked_attention import MaskedMultiheadAttention
 from .masked_conv import MaskedConv1d, MaskedConv2d
 from .masked_linear import MaskedLinear
 from .masked_module import MaskedModule, Mode
+from .masked_rnn import MaskedGRU, MaskedGRUCell, MaskedLSTM, MaskedLSTMCell
 from .masked_transposed import (
     MaskedConvTranspose1d,
     MaskedConvTranspose2d,
@@ -18,7 +19,11 @@ __all__ = [
     "MaskedConv2d",
     "MaskedConvTranspose1d",
     "MaskedConvTranspose2d",
+    "MaskedGRU",
+    "MaskedGRUCell",
     "MaskedHuggingFaceConv1D",
+    "MaskedLSTM",
+    "MaskedLSTMCell",
     "MaskedLinear",
     "MaskedModule",
     "MaskedMultiheadAttention",

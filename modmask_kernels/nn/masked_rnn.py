@@ -1,0 +1,715 @@
+"""Recurrent layers and cells under one or several learned masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .. import ops
+from .granularity import Granularity
+from .masked_module import MaskedModule, is_bias
+
+State = tuple[Tensor, ...]  # h, and c of an LSTM
+_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class _MaskedRecurrent(MaskedModule):
+    """What layers and cells share."""
+
+    dense_type: ClassVar[Any]
+    operation: ClassVar[Callable[..., Any]]
+    states: ClassVar[int]
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+
+    def reset_parameters(self) -> None:
+        """Weights and biases as in the plain layer, all logits at `init`."""
+        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
+        for name, parameter in self.named_parameters():
+            if not name.endswith("_logits"):
+                nn.init.uniform_(parameter, -bound, bound)
+        self.reset_logits()
+
+    def _adopt(self, module: nn.Module, options: Sequence[str], frozen: bool, **masks: Any) -> None:
+        """Take over the Parameters and options of a plain module, under masks."""
+        for option in options:
+            setattr(self, option, getattr(module, option))
+        for name, parameter in module._parameters.items():
+            self.register_parameter(name, parameter)
+        mask_bias = masks.pop("mask_bias")
+        if mask_bias and not self.bias and not frozen:
+            raise ValueError("mask_bias: expected False for a layer without bias, got True")
+        masked = [n for n, _ in module.named_parameters() if mask_bias or not is_bias(n)]
+        self._add_masks(masked, **masks)
+        if frozen:
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+        self.train(module.training)
+
+    @classmethod
+    def _check_dense(cls, module: nn.Module) -> None:
+        if not isinstance(module, cls.dense_type):
+            expected = cls.dense_type.__name__
+            raise TypeError(f"module: expected a torch.nn.{expected}, got {type(module).__name__}")
+
+    def _draw_of(self, names: Sequence[str], seed: Tensor | None) -> dict[str, Any]:
+        """The arguments of the operation that say which masks it draws; `names`: parameters."""
+        return {
+            "seed": seed,
+            "tensor_ids": [self.tensor_ids.get(name, 0) for name in names],
+            "sample_offset": self.sample_offset,
+            "samples": self.samples,
+            "tau": self.tau,
+            "hard": self.effective_mode != "soft",
+        }
+
+    def _apply_operation(
+        self, x: Tensor, state: State, names: Sequence[str], seed: Tensor | None, **options: Any
+    ) -> tuple[Tensor, State]:
+        """The fused operation with the parameters `names`, in the order of `_PARAMETERS`."""
+        tensors = [getattr(self, name) if name in self._parameters else None for name in names]
+        logits = [self._logits(name) for name in names]
+        y, last = type(self).operation(
+            x,
+            *(*tensors[:2], *logits[:2], *tensors[2:], *logits[2:]),
+            **dict(zip(("h0", "c0"), state, strict=False)),
+            **self._draw_of(names, seed),
+            **options,
+        )
+        return y, last if isinstance(last, tuple) else (last,)
+
+    def _groups(self, seed: Tensor | None) -> int:
+        sets = self.sets if self._active is None else self._active[1]
+        return sets * (1 if seed is None else self.samples)
+
+    def _by_group(self, seed: Tensor | None, group: Callable[[dict[str, Tensor], int], Any]) -> Any:
+        """`group(masked parameters, g)` for every group."""
+        samples = 1 if seed is None else self.samples
+        return [
+            group(
+                {
+                    n: self._masked_parameter(n, *divmod(g, samples), seed, self.effective_mode)
+                    for n in self.masked
+                },
+                g,
+            )
+            for g in range(self._groups(seed))
+        ]
+
+    def _unmasked(self) -> dict[str, Tensor]:
+        shell = self.dense_shell()
+        return {name: self._parameter(name) for name in shell._parameters if name in self._own()}
+
+    def _own(self) -> set[str]:
+        return {name for name, p in self._parameters.items() if p is not None}
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused operation serves this layer; else each group runs the plain one."""
+        return self.granularity == "weight"
+
+
+class _MaskedRNNLayer(_MaskedRecurrent):
+    """`MaskedLSTM` and `MaskedGRU`."""
+
+    num_layers: int
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+
+    _OPTIONS: ClassVar[tuple[str, ...]] = (
+        *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"),
+        *("bidirectional", "proj_size"),
+    )
+
+    def _build(self, plain: nn.Module, **masks: Any) -> None:
+        self._adopt(plain, self._OPTIONS, False, **masks)
+        self.reset_logits()
+
+    @classmethod
+    def _from_dense(cls, module: nn.Module, **masks: Any) -> Any:
+        cls._check_dense(module)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(module, cls._OPTIONS, True, **masks)
+        return layer
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused operation serves this layer; else each group runs the plain one."""
+        return super().fused and self.proj_size == 0
+
+    def flatten_parameters(self) -> None:
+        """Does nothing; for code written for the plain layer."""
+
+    def dense_shell(self) -> nn.Module:
+        """A plain layer of these sizes and options on the meta device, for other Parameters."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in self._OPTIONS}
+        if options["proj_size"] == 0:
+            del options["proj_size"]
+        plain: nn.Module = self.dense_type(**options, device="meta")
+        return plain
+
+    def to_dense(self, set: int | str = 0) -> nn.Module:
+        """A new plain layer with the threshold masks of `set` multiplied in."""
+        dense = super().to_dense(set)
+        cast(Any, dense)._init_flat_weights()
+        return dense
+
+    def _names(self, layer: int, direction: int) -> list[str]:
+        suffix = f"_l{layer}" + ("_reverse" if direction else "")
+        return [name + suffix for name in _PARAMETERS]
+
+    def _forward(
+        self, x: Tensor | PackedSequence, hx: State | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        if isinstance(x, PackedSequence):
+            padded, lengths = pad_packed_sequence(x)
+            padded, last = self._run(padded, hx, lengths)
+            order = x.sorted_indices
+            if order is not None:
+                padded, lengths = padded.index_select(1, order), lengths[order.to(lengths.device)]
+            data = pack_padded_sequence(padded, lengths).data
+            return PackedSequence(data, x.batch_sizes, order, x.unsorted_indices), last
+        if x.dim() not in (2, 3):
+            raise ValueError(f"input: expected 2 or 3 dimensions, got {list(x.shape)}")
+        if x.dim() == 2:
+            if hx is not None and any(h.dim() != 2 for h in hx):
+                raise ValueError("hx: expected 2 dimensions beside an input without a batch")
+            states = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
+            y, last = self._run(x.unsqueeze(1), states, None)
+            return y.squeeze(1), tuple(h.squeeze(1) for h in last)
+        y, last = self._run(x.transpose(0, 1) if self.batch_first else x, hx, None)
+        return y.transpose(0, 1) if self.batch_first else y, last
+
+    def _run(self, x: Tensor, hx: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """All layers; x [steps, batch, input_size], lengths on the CPU."""
+        self._check_input(x, hx)
+        mode = self.effective_mode
+        seed = None if mode in ("threshold", "off") else self._seed()
+        if mode != "off" and self.fused:
+            return self._run_fused(x, hx, lengths, seed)
+        plain = self.dense_shell().train(self.training)
+        plain.__dict__["batch_first"] = False
+        unmasked = self._unmasked()
+        groups = 1 if mode == "off" else self._groups(seed)
+        if x.shape[1] % groups:
+            raise ValueError(
+                f"the batch of x, {x.shape[1]}, does not divide into {groups} equal groups"
+            )
+
+        def run(masked: dict[str, Tensor], g: int) -> tuple[Tensor, ...]:
+            part = slice(g * x.shape[1] // groups, (g + 1) * x.shape[1] // groups)
+            states = None if hx is None else tuple(h[:, part].contiguous() for h in hx)
+            of_group: Any = x[:, part]
+            if lengths is not None:
+                of_group = pack_padded_sequence(of_group, lengths[part], enforce_sorted=False)
+            given = states if states is None or self.states == 2 else states[0]
+            y, last = functional_call(plain, {**unmasked, **masked}, (of_group, given))
+            if lengths is not None:
+                y, _ = pad_packed_sequence(y, total_length=x.shape[0])
+            return (y, *last) if isinstance(last, tuple) else (y, last)
+
+        found = [run({}, 0)] if mode == "off" else self._by_group(seed, run)
+        y, *last = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return y, tuple(last)
+
+    def _check_input(self, x: Tensor, hx: State | None) -> None:
+        if x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"input: expected {self.input_size} values per step, got {x.shape[-1]}"
+            )
+        if hx is None:
+            return
+        if len(hx) != self.states:
+            raise ValueError(f"hx: expected {self.states} states, got {len(hx)}")
+        directions = 2 if self.bidirectional else 1
+        for n, h in enumerate(hx):
+            size = self.proj_size if self.proj_size and n == 0 else self.hidden_size
+            expected = [self.num_layers * directions, x.shape[1], size]
+            if list(h.shape) != expected:
+                raise ValueError(f"hx: expected shape {expected}, got {list(h.shape)}")
+
+    def _run_fused(
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, seed: Tensor | None
+    ) -> tuple[Tensor, State]:
+        directions = 2 if self.bidirectional else 1
+        where = None if lengths is None else lengths.to(x.device)
+        last: list[State] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs = []
+            for direction in range(directions):
+                number = layer * directions + direction
+                y, states = self._apply_operation(
+                    x,
+                    () if hx is None else tuple(h[number] for h in hx),
+                    self._names(layer, direction),
+                    seed,
+                    lengths=where,
+                    reverse=direction == 1,
+                )
+                outputs.append(y)
+                last.append(states)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+        return x, tuple(torch.stack(h) for h in zip(*last, strict=True))
+
+    def extra_repr(self) -> str:
+        """The sizes, options and sets that are not at their defaults."""
+        shown = [str(self.input_size), str(self.hidden_size)]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        defaults.update(bidirectional=False, proj_size=0)
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                shown.append(f"{name}={getattr(self, name)}")
+        if any(is_bias(name) for name in self.masked):
+            shown.append("mask_bias=True")
+        return f"{', '.join(shown)}, {self._mask_repr()}"
+
+
+class MaskedLSTM(_MaskedRNNLayer):
+    """`torch.nn.LSTM` whose weights stand under one mask per set and sequence.
+
+    The batch is cut into ``active sets * samples`` equal contiguous groups; group
+    ``g = set * samples + sample`` runs through all steps, layers and directions with its own draw
+    of the masks of its set (Csordás et al. 2021, section 2). Each direction of each layer is one
+    fused operation (`ops.masked_lstm`), forward and backward; with `proj_size` or a coarser
+    granularity the plain layer runs once per group on masked copies of its weights.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype: as in `torch.nn.LSTM`, all of them.
+        sets, samples, tau, init, tensor_id, granularity: as in `MaskedLinear`; the masked
+            parameters are numbered from `tensor_id` on.
+        mask_bias: whether the biases are masked as well.
+
+    Parameters:
+        weight_ih_l0, weight_hh_l0, bias_ih_l0, ...: as in the plain layer.
+        ``<name>_logits``: [sets, *shape], float32, beside each masked parameter.
+
+    Attributes:
+        mode, active_sets, samples, tau, set_names, sample_offset, seed, tensor_ids: see
+            `MaskedModule`; all may be changed at any time. The batch dimension is that of
+            `batch_first`; `batch_dim` has no say.
+
+    Shape:
+        As the plain layer, packed sequences included: a sequence belongs to the group of its place
+        in the batch before any sorting by length. Without a batch dimension there must be one
+        group.
+
+    Raises:
+        ValueError: for options that the plain layer rejects, inputs and states that do not fit, and
+            batches that do not divide.
+
+    Equivalent to::
+
+        for g, (x, hx) in enumerate(groups of input and states):
+            masked = {n: p * sample_mask(logits of n, seed=seed, samples=samples,
+                                         tensor_id=tensor_ids[n])[g % samples, g // samples]}
+            y.append(functional_call(lstm, masked, (x, hx)))
+    """
+
+    dense_type = nn.LSTM
+    operation = staticmethod(ops.masked_lstm)
+    states = 2
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sets: int | Sequence[str] = 1,
+        samples: int = 1,
+        tau: float = 1.0,
+        mask_bias: bool = False,
+        init: float = 2.0,
+        tensor_id: int = 0,
+        granularity: Granularity = "weight",
+    ) -> None:
+        super().__init__()
+        plain = nn.LSTM(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        self._build(
+            plain,
+            sets=sets,
+            samples=samples,
+            tau=tau,
+            mask_bias=mask_bias,
+            init=init,
+            tensor_id=tensor_id,
+            granularity=granularity,
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        lstm: nn.LSTM,
+        *,
+        sets: int | Sequence[str] = 1,
+        samples: int = 1,
+        tau: float = 1.0,
+        mask_bias: bool = False,
+        init: float = 2.0,
+        tensor_id: int = 0,
+        granularity: Granularity = "weight",
+    ) -> MaskedLSTM:
+        """A masked layer over the very Parameters of `lstm`, which are frozen by this.
+
+        Args:
+            lstm: any `torch.nn.LSTM`; its Parameters are shared, not copied.
+            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+                `mask_bias` is ignored where there is no bias.
+        """
+        layer: MaskedLSTM = cls._from_dense(
+            lstm,
+            sets=sets,
+            samples=samples,
+            tau=tau,
+            mask_bias=mask_bias,
+            init=init,
+            tensor_id=tensor_id,
+            granularity=granularity,
+        )
+        return layer
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Outputs of the last layer, and (h_n, c_n), as in the plain layer."""
+        y, last = self._forward(input, hx)
+        return y, cast("tuple[Tensor, Tensor]", last)
+
+
+class MaskedGRU(_MaskedRNNLayer):
+    """`torch.nn.GRU` whose weights stand under one mask per set and sequence.
+
+    As `MaskedLSTM`, on `ops.masked_gru`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
+            dtype: as in `torch.nn.GRU`, all of them.
+        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLSTM`.
+
+    Parameters, Attributes, Shape:
+        See `MaskedLSTM`; there is one state, h.
+
+    Raises:
+        ValueError: for options that the plain layer rejects, inputs and states that do not fit, and
+            batches that do not divide.
+
+    Equivalent to::
+
+        for g, (x, hx) in enumerate(groups of input and states):
+            masked = {n: p * sample_mask(logits of n, seed=seed, samples=samples,
+                                         tensor_id=tensor_ids[n])[g % samples, g // samples]}
+            y.append(functional_call(gru, masked, (x, hx)))
+    """
+
+    dense_type = nn.GRU
+    operation = staticmethod(ops.masked_gru)
+    states = 1
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sets: int | Sequence[str] = 1,
+        samples: int = 1,
+        tau: float = 1.0,
+        mask_bias: bool = False,
+        init: float = 2.0,
+        tensor_id: int = 0,
+        granularity: Granularity = "weight",
+    ) -> None:
+        super().__init__()
+        plain = nn.GRU(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self._build(
+            plain,
+            sets=sets,
+            samples=samples,
+            tau=tau,
+            mask_bias=mask_bias,
+            init=init,
+            tensor_id=tensor_id,
+            granularity=granularity,
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        gru: nn.GRU,
+        *,
+        sets: int | Sequence[str] = 1,
+        samples: int = 1,
+        tau: float = 1.0,
+        mask_bias: bool = False,
+        init: float = 2.0,
+        tensor_id: int = 0,
+        granularity: Granularity = "weight",
+    ) -> MaskedGRU:
+        """A masked layer over the very Parameters of `gru`, which are frozen by this.
+
+        Args:
+            gru: any `torch.nn.GRU`; its Parameters are shared, not copied.
+            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+                `mask_bias` is ignored where there is no bias.
+        """
+        layer: MaskedGRU = cls._from_dense(
+            gru,
+            sets=sets,
+            samples=samples,
+            tau=tau,
+            mask_bias=mask_bias,
+            init=init,
+            tensor_id=tensor_id,
+            granularity=granularity,
+        )
+        return layer
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        """Outputs of the last layer, and h_n, as in the plain layer."""
+        y, last = self._forward(input, None if hx is None else (hx,))
+        return y, last[0]
+
+
+class _MaskedCell(_MaskedRecurrent):
+    """`MaskedLSTMCell` and `MaskedGRUCell`."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+
+    _OPTIONS: ClassVar[tuple[str, ...]] = ("input_size", "hidden_size", "bias")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sets: int | Sequence[str] = 1,
+        samples: int = 1,
+        tau: float = 1.0,
+        mask_bias: bool = False,
+        init: float = 2.0,
+        tensor_id: int = 0,
+        granularity: Granularity = "weight",
+    ) -> None:
+        super().__init__()
+        self._adopt(
+            self.dense_type(input_size, hidden_size, bias, device, dtype),
+            self._OPTIONS,
+            False,
+            sets=sets,
+            samples=samples,
+            tau=tau,
+            mask_bias=mask_bias,
+            init=init,
+            tensor_id=tensor_id,
+            granularity=granularity,
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        cell: nn.RNNCellBase,
+        *,
+        sets: int | Sequence[str] = 1,
+        samples: int = 1,
+        tau: float = 1.0,
+        mask_bias: bool = False,
+        init: float = 2.0,
+        tensor_id: int = 0,
+        granularity: Granularity = "weight",
+    ) -> Any:
+        """A masked cell over the very Parameters of the plain `cell`, which are frozen by this.
+
+        Args:
+            cell: a plain cell of this kind; its Parameters are shared, not copied.
+            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+                `mask_bias` is ignored where there is no bias.
+        """
+        cls._check_dense(cell)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(
+            cell,
+            cls._OPTIONS,
+            True,
+            sets=sets,
+            samples=samples,
+            tau=tau,
+            mask_bias=mask_bias,
+            init=init,
+            tensor_id=tensor_id,
+            granularity=granularity,
+        )
+        return layer
+
+    def dense_shell(self) -> nn.Module:
+        """A plain cell of these sizes on the meta device, for other Parameters."""
+        plain: nn.Module = self.dense_type(
+            self.input_size, self.hidden_size, self.bias, device="meta"
+        )
+        return plain
+
+    def _step(self, x: Tensor, hx: State | None) -> State:
+        if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"input: expected shape [batch, {self.input_size}] or [{self.input_size}], "
+                f"got {list(x.shape)}"
+            )
+        if x.dim() == 1:
+            states = None if hx is None else tuple(h.unsqueeze(0) for h in hx)
+            return tuple(h.squeeze(0) for h in self._step(x.unsqueeze(0), states))
+        for h in hx or ():
+            if list(h.shape) != [x.shape[0], self.hidden_size]:
+                raise ValueError(
+                    f"hx: expected shape {[x.shape[0], self.hidden_size]}, got {list(h.shape)}"
+                )
+        mode = self.effective_mode
+        seed = None if mode in ("threshold", "off") else self._seed()
+        if mode != "off" and self.fused:
+            _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, seed)
+            return last
+        plain = self.dense_shell()
+        unmasked = self._unmasked()
+        groups = 1 if mode == "off" else self._groups(seed)
+        if x.shape[0] % groups:
+            raise ValueError(
+                f"the batch of x, {x.shape[0]}, does not divide into {groups} equal groups"
+            )
+
+        def run(masked: dict[str, Tensor], g: int) -> State:
+            part = slice(g * x.shape[0] // groups, (g + 1) * x.shape[0] // groups)
+            states = None if hx is None else tuple(h[part] for h in hx)
+            given = states if states is None or self.states == 2 else states[0]
+            last = functional_call(plain, {**unmasked, **masked}, (x[part], given))
+            return last if isinstance(last, tuple) else (last,)
+
+        found = [run({}, 0)] if mode == "off" else self._by_group(seed, run)
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def extra_repr(self) -> str:
+        """The sizes, the sets, and the options that are not at their defaults."""
+        shown = f"{self.input_size}, {self.hidden_size}"
+        if not self.bias:
+            shown += ", bias=False"
+        if any(is_bias(name) for name in self.masked):
+            shown += ", mask_bias=True"
+        return f"{shown}, {self._mask_repr()}"
+
+
+class MaskedLSTMCell(_MaskedCell):
+    """`torch.nn.LSTMCell` whose weights stand under one mask per set.
+
+    Each call is one step. A sequence has one mask, as in `MaskedLSTM`, as long as `seed` stays:
+    a learning loop sets one per optimisation step; without one every call draws its own.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in `torch.nn.LSTMCell`.
+        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLSTM`.
+
+    Shape:
+        As the plain cell; the batch is cut into ``active sets * samples`` groups.
+
+    Raises:
+        ValueError: for inputs and states that do not fit, and batches that do not divide.
+
+    Equivalent to::
+
+        for g, (x, hx) in enumerate(groups of input and states):
+            masked = {n: p * sample_mask(logits of n, seed=seed, samples=samples,
+                                         tensor_id=tensor_ids[n])[g % samples, g // samples]}
+            states.append(functional_call(cell, masked, (x, hx)))
+    """
+
+    dense_type = nn.LSTMCell
+    operation = staticmethod(ops.masked_lstm)
+    states = 2
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The next (h, c)."""
+        return cast("tuple[Tensor, Tensor]", self._step(input, hx))
+
+
+class MaskedGRUCell(_MaskedCell):
+    """`torch.nn.GRUCell` whose weights stand under one mask per set; see `MaskedLSTMCell`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in `torch.nn.GRUCell`.
+        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLSTM`.
+
+    Shape:
+        As the plain cell; the batch is cut into ``active sets * samples`` groups.
+
+    Raises:
+        ValueError: for inputs and states that do not fit, and batches that do not divide.
+
+    Equivalent to::
+
+        for g, (x, hx) in enumerate(groups of input and states):
+            masked = {n: p * sample_mask(logits of n, seed=seed, samples=samples,
+                                         tensor_id=tensor_ids[n])[g % samples, g // samples]}
+            states.append(functional_call(cell, masked, (x, hx)))
+    """
+
+    dense_type = nn.GRUCell
+    operation = staticmethod(ops.masked_gru)
+    states = 1
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h."""
+        return self._step(input, None if hx is None else (hx,))[0]
