@@ -122,6 +122,48 @@ class NaiveMaskedLinear(nn.Module):
         return naive_masked_linear(x, self.weight, self.weight_logits, self.bias, self.samples)
 
 
+class NaiveMaskedLSTM(nn.Module):
+    """Masked LSTM layers as they are usually written: masks as tensors, a Python loop over time.
+
+    Args:
+        lstm: the layers to mask, one direction, with biases; its parameters are shared and frozen.
+        samples: number of masks per batch; must divide the batch.
+        init: first value of every logit.
+    """
+
+    def __init__(self, lstm: nn.LSTM, samples: int, init: float = 2.0) -> None:
+        super().__init__()
+        self.samples, self.layers = samples, lstm.num_layers
+        self.tensors = {name: p.detach() for name, p in lstm.named_parameters()}
+        self.logits = nn.ParameterList(
+            torch.full_like(p, init) for name, p in self.tensors.items() if "weight" in name
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`[steps, batch, in]` to `[steps, batch, hidden]` and the states of the last layer."""
+        steps, batch, _ = x.shape
+        y = x.view(steps, self.samples, -1, x.shape[-1])
+        for layer in range(self.layers):
+            w_ih, w_hh = (
+                self.tensors[f"weight_{which}_l{layer}"]
+                * gumbel_sigmoid(self.logits[2 * layer + n], self.samples)
+                for n, which in enumerate(("ih", "hh"))
+            )
+            if self.samples == 1:
+                w_ih, w_hh = w_ih.unsqueeze(0), w_hh.unsqueeze(0)
+            bias = self.tensors[f"bias_ih_l{layer}"] + self.tensors[f"bias_hh_l{layer}"]
+            h = c = y.new_zeros(self.samples, batch // self.samples, w_hh.shape[2])
+            outputs = []
+            for part in y:
+                gates = torch.bmm(part, w_ih.transpose(1, 2)) + torch.bmm(h, w_hh.transpose(1, 2))
+                i, f, g, o = (gates + bias).chunk(4, dim=-1)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                h = torch.sigmoid(o) * torch.tanh(c)
+                outputs.append(h)
+            y = torch.stack(outputs)
+        return y.flatten(1, 2), (h.flatten(0, 1), c.flatten(0, 1))
+
+
 def naive_masked_model(model: nn.Module, samples: int) -> nn.Module:
     """A frozen copy of `model` in which each `nn.Linear` is a `NaiveMaskedLinear`."""
     masked = copy.deepcopy(model)

@@ -50,6 +50,11 @@ def _time_panel(results: Results) -> _Panel | None:
         naive = row["naive_ratio_to_plain"]["value"]
         points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
         targets.append(row["target"])
+    for row in results.get("lstm", []):
+        labels.append(f"LSTM {row['layers']}x{row['units']}, {row['samples']}")
+        naive = row["naive_ratio_to_plain"]["value"]
+        points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
+        targets.append(row["target"])
     return (_TITLE, labels, points, targets) if labels else None
 
 
@@ -147,8 +152,8 @@ def figure_of(results: Results) -> Figure | None:
     return Figure(
         name="speed",
         caption="Rows: layer, batch, samples; for convolutions channels, kernel (/stride, g "
-        "groups), samples. The vertical line is the plain layer (or the "
-        "ordinary training step); left is better. The scale is logarithmic; the numbers are "
+        "groups), samples; for LSTMs layers x units, samples. The vertical line is the plain layer "
+        "(or the ordinary training step); left is better. The scale is logarithmic; the numbers are "
         "those of the fused kernel.",
         alt=f"{panels[0][0]}. {rows}.",
         draw=draw,

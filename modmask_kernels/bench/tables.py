@@ -206,37 +206,65 @@ def conv_label(row: Row) -> str:
     )
 
 
-def _conv_table(rows: Sequence[Row]) -> Table:
-    return Table(
-        caption="masked_conv2d, forward and backward, float32: times as long as the plain layer",
-        header=[
-            "channels, images, options; batch, samples",
-            "plain, ms",
-            "fused, ms",
-            "fused (p20-p80)",
-            "target",
-            "verdict",
-            "naive",
-            "fused / naive",
-            "at most 1.05",
-        ],
-        rows=[
-            [
-                conv_label(row),
-                _ms(row["seconds"]["plain"]["median"]),
-                _ms(row["seconds"]["fused"]["median"]),
-                _spread(row["ratio_to_plain"]),
-                _times(row["target"]),
-                row["verdict"],
-                _times(row["naive_ratio_to_plain"]["value"]),
-                _times(row["ratio_to_naive"]["value"]),
-                row["verdict_naive"],
-            ]
-            for row in rows
-        ],
-        note="Plain: F.conv2d with a trainable weight and the same fixed bias. Naive: all masked "
-        "weights as a tensor, in one grouped convolution. Ratios as above.",
-    )
+def _against_naive(caption: str, first: str, note: str, label: Callable[[Row], str]) -> Any:
+    """A table of times beside plain and naive layers."""
+
+    def make(rows: Sequence[Row]) -> Table:
+        return Table(
+            caption=caption,
+            header=[
+                first,
+                "plain, ms",
+                "fused, ms",
+                "fused (p20-p80)",
+                "target",
+                "verdict",
+                "naive",
+                "fused / naive",
+                "at most 1.05",
+            ],
+            rows=[
+                [
+                    label(row),
+                    _ms(row["seconds"]["plain"]["median"]),
+                    _ms(row["seconds"]["fused"]["median"]),
+                    _spread(row["ratio_to_plain"]),
+                    _times(row["target"]),
+                    row["verdict"],
+                    _times(row["naive_ratio_to_plain"]["value"]),
+                    _times(row["ratio_to_naive"]["value"]),
+                    row["verdict_naive"],
+                ]
+                for row in rows
+            ],
+            note=note + " Ratios as above.",
+        )
+
+    return make
+
+
+_conv_table = _against_naive(
+    "masked_conv2d, forward and backward, float32: times as long as the plain layer",
+    "channels, images, options; batch, samples",
+    "Plain: F.conv2d with a trainable weight and the same fixed bias. Naive: all masked weights as "
+    "a tensor, in one grouped convolution.",
+    conv_label,
+)
+
+
+def lstm_label(row: Row) -> str:
+    """Name of a row of the LSTM suite."""
+    layers = f"{row['layers']} layers of {row['units']}"
+    return f"{layers}; {row['batch']}, {row['steps']}, {row['samples']}"
+
+
+_lstm_table = _against_naive(
+    "MaskedLSTM, forward and backward, float32: times as long as torch.nn.LSTM",
+    "layers, units; batch, steps, samples",
+    "Plain: torch.nn.LSTM with trainable weights and biases. Naive: masks and masked weights as "
+    "tensors, one bmm per matrix and step in a Python loop.",
+    lstm_label,
+)
 
 
 def _top_k_table(rows: Sequence[Row]) -> Table:
@@ -269,6 +297,7 @@ _TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
     "memory": (_memory_table,),
     "step": (_step_table,),
     "conv": (_conv_table,),
+    "lstm": (_lstm_table,),
     "top_k": (_top_k_table,),
 }
 

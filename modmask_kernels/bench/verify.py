@@ -197,9 +197,30 @@ def check_fused(
         return candidate(x, logits, key)
 
     inputs = (problem.x, problem.logits, problem.grad)
-    exact = _outputs(reference, *(tensor.double() for tensor in inputs))
-    plain = _outputs(reference, *inputs)
-    ours = _outputs(fused, *inputs)
+    return check_results(
+        problem.operation,
+        ours=_outputs(fused, *inputs),
+        plain=_outputs(reference, *inputs),
+        exact=_outputs(reference, *(tensor.double() for tensor in inputs)),
+    )
+
+
+def check_results(
+    operation: str,
+    *,
+    ours: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Compares results by name: ours and plain ones in float32, exact ones in float64.
+
+    Returns:
+        name of the result to its error over the allowed one.
+
+    Raises:
+        GateError: an error is larger than twice that of `plain` plus one unit in the last place of
+            the largest entry, or not a number.
+    """
     shares = {}
     for name, oracle in exact.items():
         largest = float(oracle.abs().max())
@@ -209,7 +230,7 @@ def check_fused(
         # written so that an error that is not a number fails
         if not error <= allowed:
             raise GateError(
-                f"{problem.operation}, {name}: error {error:.3g}, allowed {allowed:.3g} "
+                f"{operation}, {name}: error {error:.3g}, allowed {allowed:.3g} "
                 f"(largest entry {largest:.3g})"
             )
         shares[name] = error / allowed if allowed else 0.0

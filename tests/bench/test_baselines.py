@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from modmask_kernels.bench import baselines
 from modmask_kernels.models import FeedForward
@@ -85,3 +85,26 @@ def test_neurosurgeon_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib, "import_module", refuse)
     with pytest.raises(baselines.NotAvailableError, match="pip install neurosurgeon"):
         baselines.neurosurgeon_linear(torch.zeros(2, 3), None)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_naive_masked_lstm_cuts_the_batch_into_parts(
+    samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.LSTM(3, 5, 2)
+    layer = baselines.NaiveMaskedLSTM(plain, samples)
+    x = torch.randn(4, 6, 3)
+    masks: list[Tensor] = []
+
+    def drawn(logits: Tensor, count: int = 1) -> Tensor:
+        masks.append(torch.randint(0, 2, (count, *logits.shape)).float())
+        return masks[-1] if count > 1 else masks[-1][0]
+
+    monkeypatch.setattr(baselines, "gumbel_sigmoid", drawn)
+    y, _ = layer(x)
+    weights = [n for n, _ in plain.named_parameters() if "weight" in n]
+    for k, part in enumerate(x.chunk(samples, dim=1)):
+        masked = {n: plain.get_parameter(n) * masks[i][k] for i, n in enumerate(weights)}
+        expected, _ = torch.func.functional_call(plain, masked, (part,))
+        torch.testing.assert_close(y.chunk(samples, dim=1)[k], expected)

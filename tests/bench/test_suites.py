@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modmask_kernels import bench, cli, ops
-from modmask_kernels.bench import baselines, conv, linear, memory, step, tables, top_k
+from modmask_kernels.bench import baselines, conv, linear, lstm, memory, step, tables, top_k
 from modmask_kernels.bench import cli as bench_cli
 from modmask_kernels.bench.figure import figure_of
 from modmask_kernels.bench.verify import GateError
@@ -42,6 +42,15 @@ def conv_rows() -> list[dict[str, Any]]:
         conv.ConvCase(6, 4, 5, 3, 8, 4, stride=2, groups=2),
     ]
     return [conv.run_case(case, rounds=2, visit_seconds=0.0) for case in small]
+
+
+@pytest.fixture(scope="module")
+def lstm_rows() -> list[dict[str, Any]]:
+    small = [
+        lstm.LSTMCase(24, 1, 1, batch=16, steps=3, target=1.05),
+        lstm.LSTMCase(24, 4, 2, batch=16, steps=3),
+    ]
+    return [lstm.run_case(case, rounds=2, visit_seconds=0.0) for case in small]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +101,7 @@ def results(
     step_rows: list[Any],
     memory_rows: list[Any],
     conv_rows: list[Any],
+    lstm_rows: list[Any],
     top_k_rows: list[Any],
 ) -> dict[str, Any]:
     from modmask_kernels.bench.machine import describe
@@ -103,6 +113,7 @@ def results(
         "memory": memory_rows,
         "step": step_rows,
         "conv": conv_rows,
+        "lstm": lstm_rows,
         "top_k": top_k_rows,
     }
 
@@ -162,6 +173,19 @@ class TestConv:
         ]
         assert wanted == [(64, 1, 1.05), (64, 4, 1.15), (512, 1, 1.15), (512, 4, 1.5)]
         assert conv.cases(quick=True) == [c for c in conv.cases() if c.target == 1.5]
+
+
+class TestLSTM:
+    def test_every_candidate_is_timed_and_checked(self, lstm_rows: list[dict[str, Any]]) -> None:
+        for row in lstm_rows:
+            assert set(row["seconds"]) == {"plain", "fused", "naive"}
+            assert max(row["error_over_allowed"].values()) <= 1.0
+        assert lstm_rows[1]["verdict"] == "no target"
+
+    def test_the_full_table_has_the_wanted_bounds(self) -> None:
+        wanted = [(c.units, c.samples, c.target) for c in lstm.cases() if c.target is not None]
+        assert wanted == [(256, 1, 1.1), (256, 4, 1.3), (64, 1, 1.2), (64, 4, 1.5)]
+        assert lstm.cases(quick=True) == [c for c in lstm.cases() if c.target == 1.5]
 
 
 class TestTopK:
