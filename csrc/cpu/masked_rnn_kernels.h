@@ -265,11 +265,14 @@ MODMASK_INLINE vi load_mask(const int32_t* p) {
 class MaskedRows {
  public:
   MaskedRows(const LinearProblem& p, const Sequences& s, int64_t most)
-      : p_(p), s_(s), masks_(p.mask, s.set, s.sample, p.mask.tensor_id), step_(spread(most)) {}
+      : p_(p),
+        s_(s),
+        masks_(p.mask, s.set, s.sample, p.mask.tensor_id),
+        step_(spread(padded(most))) {}
 
   static size_t need(int64_t most) {
-    return 3 * Scratch::need(kForwardRows * spread(most)) + Scratch::need(word_count(most)) +
-           2 * Scratch::need(kBiasBlock);
+    return 3 * Scratch::need(kForwardRows * spread(padded(most))) +
+           Scratch::need(word_count(most)) + 2 * Scratch::need(kBiasBlock);
   }
 
   void take(Scratch& scratch) {
@@ -312,7 +315,7 @@ class MaskedRows {
 
   // of a row of the matrix, or of the bias
   static int64_t word_count(int64_t most) {
-    return words_needed(spread(most) > kBiasBlock ? spread(most) : kBiasBlock);
+    return words_needed(spread(padded(most)) > kBiasBlock ? spread(padded(most)) : kBiasBlock);
   }
 
   const LinearProblem& p_;

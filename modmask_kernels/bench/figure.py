@@ -153,7 +153,7 @@ def figure_of(results: Results) -> Figure | None:
         name="speed",
         caption="Rows: layer, batch, samples; for convolutions channels, kernel (/stride, g "
         "groups), samples; for LSTMs layers x units, samples. The vertical line is the plain layer "
-        "(or the ordinary training step); left is better. The scale is logarithmic; the numbers are "
+        "(or the ordinary training step); left is better. The scale is logarithmic; numbers are "
         "those of the fused kernel.",
         alt=f"{panels[0][0]}. {rows}.",
         draw=draw,

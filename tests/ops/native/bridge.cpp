@@ -106,6 +106,32 @@ modmask::Selection selection_of(const Select& s) {
       s.places};
 }
 
+modmask::RnnProblem problem_of(const Draw& draw, const Rnn& r) {
+  modmask::RnnProblem p{};
+  p.mask = spec_of(draw);
+  for (int i = 0; i < 4; ++i) {
+    p.tensor_ids[i] = draw.tensor_id + i;
+  }
+  p.cell = static_cast<modmask::RnnCell>(r.cell);
+  p.steps = r.steps;
+  p.rows = r.rows;
+  p.in = r.in;
+  p.hidden = r.hidden;
+  p.gates = r.cell == 0 ? 4 : 3;
+  p.reverse = r.reverse != 0;
+  p.lengths = r.lengths;
+  p.x = r.x;
+  p.h0 = r.h0;
+  p.c0 = r.c0;
+  for (int i = 0; i < 2; ++i) {
+    p.weights[i] = r.weights[i];
+    p.logits[i] = r.logits[i];
+    p.biases[i] = r.biases[i];
+    p.bias_logits[i] = r.bias_logits[i];
+  }
+  return p;
+}
+
 }  // namespace
 
 extern "C" {
@@ -144,6 +170,42 @@ void conv_backward(
     int table, int threads, const Draw* draw, const Conv* c, const Gradients* given) {
   kTables[table]->conv_backward(
       problem_of(*draw, *c), gradients_of(*given), {threads, run_threads});
+}
+
+int64_t rnn_saved(int table, const Draw* draw, const Rnn* r) {
+  const int64_t lanes = kTables[table]->lanes;
+  return draw->sets * draw->samples * r->steps * (r->cell == 0 ? 5 : 4) * r->hidden *
+         ((r->rows + lanes - 1) / lanes * lanes);
+}
+
+void rnn_forward(
+    int table,
+    int threads,
+    const Draw* draw,
+    const Rnn* r,
+    float* y,
+    float* h_n,
+    float* c_n,
+    float* saved) {
+  kTables[table]->rnn_forward(problem_of(*draw, *r), {y, h_n, c_n, saved}, {threads, run_threads});
+}
+
+void rnn_backward(
+    int table, int threads, const Draw* draw, const Rnn* r, const RnnGradients* given) {
+  modmask::RnnGradients d{};
+  d.y = given->y;
+  d.saved = given->saved;
+  d.dy = given->dy;
+  d.dx = given->dx;
+  d.dh0 = given->dh0;
+  d.dc0 = given->dc0;
+  for (int i = 0; i < 2; ++i) {
+    d.dweights[i] = given->dweights[i];
+    d.dlogits[i] = given->dlogits[i];
+    d.dbiases[i] = given->dbiases[i];
+    d.dbias_logits[i] = given->dbias_logits[i];
+  }
+  kTables[table]->rnn_backward(problem_of(*draw, *r), d, {threads, run_threads});
 }
 
 int top_k(

@@ -67,6 +67,36 @@ struct Select {
   const int64_t* places;
 };
 
+struct Rnn {
+  int64_t cell;  // 0 LSTM, 1 GRU
+  int64_t steps;
+  int64_t rows;
+  int64_t in;
+  int64_t hidden;
+  int32_t reverse;
+  const int64_t* lengths;
+  const float* x;
+  const float* h0;
+  const float* c0;
+  const float* weights[2];
+  const float* logits[2];
+  const float* biases[2];
+  const float* bias_logits[2];
+};
+
+struct RnnGradients {
+  const float* y;
+  const float* saved;
+  const float* dy;
+  float* dx;
+  float* dh0;
+  float* dc0;
+  float* dweights[2];
+  float* dlogits[2];
+  float* dbiases[2];
+  float* dbias_logits[2];
+};
+
 int table_count();
 const char* table_name(int table);
 void linear_forward(int table, int threads, const Draw*, const Linear*, void* y);
@@ -75,6 +105,18 @@ void conv_forward(int table, int threads, const Draw*, const Conv*, void* y);
 void conv_backward(int table, int threads, const Draw*, const Conv*, const Gradients*);
 void select_linear(int table, int threads, const Linear*, const Select*, void* y);
 void select_conv(int table, int threads, const Conv*, const Select*, void* y);
+// of floats that the forward pass keeps
+int64_t rnn_saved(int table, const Draw*, const Rnn*);
+void rnn_forward(
+    int table,
+    int threads,
+    const Draw*,
+    const Rnn*,
+    float* y,
+    float* h_n,
+    float* c_n,
+    float* saved);
+void rnn_backward(int table, int threads, const Draw*, const Rnn*, const RnnGradients*);
 void sample_values(
     int table, int threads, const Draw*, const float* logits, int64_t count, float* values);
 void sample_bits(

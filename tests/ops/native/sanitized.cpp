@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -399,6 +400,94 @@ void run_sampling(int64_t count, const Draw& draw) {
   }
 }
 
+// As for convolutions: the tables must agree up to rounding, threads change nothing.
+void run_rnn(Rnn r, const Draw& draw, bool cut, bool all) {
+  const int64_t batch = draw.sets * draw.samples * r.rows, out = (r.cell == 0 ? 4 : 3) * r.hidden;
+  const int64_t columns[2] = {r.in, r.hidden};
+  const int64_t x_count = r.steps * batch * r.in, y_count = r.steps * batch * r.hidden;
+  const int64_t h_count = batch * r.hidden;
+  Buffer x(x_count, 4), h0(h_count, 4), c0(h_count, 4), dy(y_count, 4);
+  fill(x, x_count, 0);
+  fill(h0, h_count, 0);
+  fill(c0, h_count, 0);
+  fill(dy, y_count, 0);
+  r.x = x.floats();
+  r.h0 = all ? h0.floats() : nullptr;
+  r.c0 = all && r.cell == 0 ? c0.floats() : nullptr;
+  std::vector<std::unique_ptr<Buffer>> kept;
+  const auto random = [&](int64_t count) {
+    kept.push_back(std::make_unique<Buffer>(count, 4));
+    fill(*kept.back(), count, 0);
+    return kept.back()->floats();
+  };
+  for (int i = 0; i < 2; ++i) {
+    r.weights[i] = random(out * columns[i]);
+    r.logits[i] = random(draw.sets * out * columns[i]);
+    r.biases[i] = all ? random(out) : nullptr;
+    r.bias_logits[i] = all && i == 1 ? random(draw.sets * out) : nullptr;
+  }
+  std::vector<int64_t> lengths;
+  for (int64_t b = 0; b < batch; ++b) {
+    lengths.push_back((b * 5 + 3) % (r.steps + 1));
+  }
+  r.lengths = cut ? lengths.data() : nullptr;
+
+  std::vector<std::string> of_first_table;
+  for (int table = 0; table < table_count(); ++table) {
+    std::vector<std::string> of_one_thread;
+    for (const int threads : {1, 3}) {
+      const std::string name = std::string(table_name(table)) + " recurrent layer, cell " +
+                               std::to_string(r.cell) + ", rows " + std::to_string(r.rows) +
+                               ", in " + std::to_string(r.in) + ", hidden " +
+                               std::to_string(r.hidden) + ", threads " + std::to_string(threads);
+      std::vector<std::unique_ptr<Buffer>> results;
+      const auto result = [&](int64_t count, bool wanted) -> float* {
+        if (!wanted || count == 0) {
+          return nullptr;
+        }
+        results.push_back(std::make_unique<Buffer>(count, 4));
+        return results.back()->floats();
+      };
+      const bool lstm = r.cell == 0;
+      float* y = result(y_count, true);
+      float* h_n = result(h_count, true);
+      float* c_n = result(h_count, lstm);
+      Buffer saved(rnn_saved(table, &draw, &r), 4);
+      rnn_forward(table, threads, &draw, &r, y, h_n, c_n, saved.floats());
+      expect(saved.guarded() && saved.written(), "saved values of " + name);
+      RnnGradients d{};
+      d.y = y;
+      d.saved = saved.floats();
+      d.dy = dy.floats();
+      d.dx = result(x_count, true);
+      d.dh0 = result(h_count, all);
+      d.dc0 = result(h_count, all && lstm);
+      for (int i = 0; i < 2; ++i) {
+        d.dweights[i] = result(out * columns[i], all);
+        d.dlogits[i] = result(draw.sets * out * columns[i], true);
+        d.dbiases[i] = result(out, all);
+        d.dbias_logits[i] = result(draw.sets * out, all && i == 1);
+      }
+      rnn_backward(table, threads, &draw, &r, &d);
+      std::vector<std::string> bits;
+      for (const auto& b : results) {
+        expect(b->guarded() && b->written(), "results of " + name);
+        bits.push_back(b->bits());
+      }
+      if (threads == 1) {
+        of_one_thread = bits;
+      }
+      expect(bits == of_one_thread, "threads change " + name);
+      if (table == 0) {
+        of_first_table = bits;
+      }
+      for (size_t i = 0; i < bits.size(); ++i) {
+        expect(difference(of_first_table[i], bits[i]) < 1e-4f, "other results: " + name);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -453,6 +542,27 @@ int main() {
       ++variant;
     }
     run_conv(c, {seeds, 1, 1, 0, 0, 1, 1.0f, 1}, 0, 4);
+  }
+  const Rnn layers[] = {
+      // cell, steps, rows, in, hidden, reverse
+      {0, 1, 1, 1, 1, 0},
+      {0, 3, 5, 9, 7, 1},
+      {0, 2, 40, 3, 26, 0},
+      {0, 2, 9, 270, 5, 0},
+  };
+  for (Rnn r : layers) {
+    for (r.cell = 0; r.cell < 2; ++r.cell) {
+      const Draw draw{variant % 4 == 3 ? nullptr : seeds,
+                      2,
+                      2,
+                      1,
+                      0,
+                      2,
+                      variant % 2 ? 1.0f : 0.7f,
+                      variant % 3 != 0};
+      run_rnn(r, draw, variant % 2 == 0, variant % 3 != 1);
+      ++variant;
+    }
   }
   for (int64_t dtype = 0; dtype < 3; ++dtype) {
     run_top_k(dtype);
