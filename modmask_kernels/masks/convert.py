@@ -385,6 +385,7 @@ def mask_model(
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
         dense={name: module for name, (module, _) in plain.items()},
     )
+    weights = list(model.parameters())  # before logits sit beside those of children
     replacement: dict[int, nn.Module] = {}
     logits: dict[int, nn.Parameter] = {}
     for name, (module, masked_type) in plain.items():
@@ -404,7 +405,7 @@ def mask_model(
         layer.batch_dim = batch_dim
         share_hooks(module, layer)
         replacement[id(module)] = layer
-    for parameter in model.parameters():
+    for parameter in weights:
         parameter.requires_grad_(False)
     masked_model = replace_modules(model, replacement)
     record.shortcuts = close_shortcuts(masked_model)

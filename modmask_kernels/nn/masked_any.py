@@ -180,6 +180,8 @@ class MaskedAny(MaskedModule):
         dim = (0 if plain.batch_first else 1) if recurrent else self.batch_dim
         if groups > 1 and (first is None or first.dim() <= dim or first.shape[dim] % groups):
             got = "no tensor" if first is None else f"shape {list(first.shape)}"
+            if first is not None and first.dim() > dim and first.shape[dim] == 1:
+                got += " (none: mask the module around it)"
             raise ValueError(
                 f"the batch of x, {got}, does not divide into {sets} sets * {samples} samples = "
                 f"{groups} equal groups along dimension {dim}"

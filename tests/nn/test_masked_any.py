@@ -333,6 +333,8 @@ class TestModulesWithChildren:
         expected = model(x)
         mm.mask_model(model, samples=2, also=[Tree])
         assert list(mm.MaskSet.from_model(model)) == ["0.weight", *(f"1.{n}" for n in TREE)]
+        for name, p in model.named_parameters():
+            assert p.requires_grad == name.endswith("_logits"), name
         assert model[1].tensor_ids["head.weight"] == names.index("1.head.weight")
         with mm.set_mode(model, "threshold"):
             torch.testing.assert_close(model(x), expected)
