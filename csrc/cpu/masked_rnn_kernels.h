@@ -265,14 +265,11 @@ MODMASK_INLINE vi load_mask(const int32_t* p) {
 class MaskedRows {
  public:
   MaskedRows(const LinearProblem& p, const Sequences& s, int64_t most)
-      : p_(p),
-        s_(s),
-        masks_(p.mask, s.set, s.sample, p.mask.tensor_id),
-        step_(spread(padded(most))) {}
+      : p_(p), s_(s), masks_(p.mask, s.set, s.sample, p.mask.tensor_id), step_(width(most)) {}
 
   static size_t need(int64_t most) {
-    return 3 * Scratch::need(kForwardRows * spread(padded(most))) +
-           Scratch::need(word_count(most)) + 2 * Scratch::need(kBiasBlock);
+    return 3 * Scratch::need(kForwardRows * width(most)) + Scratch::need(word_count(most)) +
+           2 * Scratch::need(kBiasBlock);
   }
 
   void take(Scratch& scratch) {
@@ -313,9 +310,13 @@ class MaskedRows {
  private:
   static constexpr int64_t kBiasBlock = 64;
 
+  static int64_t width(int64_t most) {
+    return spread(padded(most));
+  }
+
   // of a row of the matrix, or of the bias
   static int64_t word_count(int64_t most) {
-    return words_needed(spread(padded(most)) > kBiasBlock ? spread(padded(most)) : kBiasBlock);
+    return words_needed(width(most) > kBiasBlock ? width(most) : kBiasBlock);
   }
 
   const LinearProblem& p_;

@@ -231,17 +231,40 @@ extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t);
 #endif
 
 // Scratch of one thread, kept between calls so that small layers do not pay for page faults. What
-// is larger than kKeptBytes goes back when the lease on it ends.
+// is larger than kKeptBytes goes back when the lease on it ends, or when the thread has no more
+// tasks of the same call, which would take it again.
 class Scratch {
  public:
+  // A thread is at work on tasks.
+  class Tasks {
+   public:
+    Tasks() {
+      at_work_ = true;
+    }
+    Tasks(const Tasks&) = delete;
+    Tasks& operator=(const Tasks&) = delete;
+    ~Tasks() {
+      at_work_ = false;
+      for (; large_ != nullptr; large_ = large_->next_large_) {
+        large_->allocate(0);
+      }
+    }
+  };
+
   class Lease {
    public:
     explicit Lease(Scratch& scratch) : scratch_(scratch) {}
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     ~Lease() {
-      if (scratch_.capacity_ > kKeptBytes) {
+      if (scratch_.capacity_ <= kKeptBytes) {
+        return;
+      }
+      if (!at_work_) {
         scratch_.allocate(0);
+      } else if (!scratch_.listed()) {
+        scratch_.next_large_ = large_;
+        large_ = &scratch_;
       }
     }
 
@@ -287,6 +310,15 @@ class Scratch {
   static constexpr size_t kKeptBytes = size_t{4} << 20;
   static constexpr size_t kRedZone = MODMASK_RED_ZONE;
 
+  bool listed() const {
+    for (const Scratch* s = large_; s != nullptr; s = s->next_large_) {
+      if (s == this) {
+        return true;
+      }
+    }
+    return false;
+  }
+
   void allocate(size_t bytes) {
     std::free(data_);
     data_ = nullptr;
@@ -300,9 +332,13 @@ class Scratch {
     }
   }
 
+  static inline thread_local bool at_work_ = false;
+  static inline thread_local Scratch* large_ = nullptr;  // to be freed when the tasks are done
+
   char* data_ = nullptr;
   size_t capacity_ = 0;
   size_t used_ = 0;
+  Scratch* next_large_ = nullptr;
 };
 
 // Runs `task(i)` for every i in [0, count), handed out one by one to as many threads as `cost`
@@ -316,6 +352,7 @@ void run_tasks(const Runner& runner, int64_t count, double cost, const Task& tas
   const int64_t worth = static_cast<int64_t>(cost / kWorthAThread) + 1;
   threads = threads < worth ? threads : worth;
   if (threads <= 1) {
+    const Scratch::Tasks at_work;
     for (int64_t i = 0; i < count; ++i) {
       task(i);
     }
@@ -330,6 +367,7 @@ void run_tasks(const Runner& runner, int64_t count, double cost, const Task& tas
       static_cast<int>(threads),
       [](void* context) {
         Shared& s = *static_cast<Shared*>(context);
+        const Scratch::Tasks at_work;
         for (int64_t i = s.next++; i < s.count; i = s.next++) {
           s.task(i);
         }

@@ -21,7 +21,33 @@ def high_water_mark() -> int:
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
+def lstm_growth(batch: int, samples: int, size: int) -> int:
+    torch.set_num_threads(2)
+
+    def inputs(rows: int, columns: int) -> list[torch.Tensor]:
+        shapes = [
+            (4, rows, columns),
+            *[(4 * columns, columns)] * 2,
+            *[(1, 4 * columns, columns)] * 2,
+        ]
+        return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+    def step(x: torch.Tensor, *parameters: torch.Tensor) -> None:
+        w_ih, w_hh, *logits = parameters
+        frozen = (w_ih.detach(), w_hh.detach())
+        y, _ = ops.masked_lstm(x, *frozen, *logits, seed=torch.tensor(1), samples=samples)
+        y.backward(torch.ones_like(y))
+
+    step(*inputs(samples, 8))
+    tensors = inputs(batch, size)
+    before = high_water_mark()
+    step(*tensors)
+    return high_water_mark() - before
+
+
 def growth(batch: int, samples: int, size: int, operation: str) -> int:
+    if operation == "lstm":
+        return lstm_growth(batch, samples, size)
     function = ops.masked_linear if operation == "fused" else reference.masked_linear
     torch.set_num_threads(2 if operation == "fused" else 1)
     generator = torch.Generator().manual_seed(0)
