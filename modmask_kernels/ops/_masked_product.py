@@ -154,7 +154,12 @@ class MaskedProduct:
 
     def _make_function(self) -> Callable[..., Tensor]:
         product = self
-        differentiate = getattr(torch.ops.modmask, f"{self.name}_backward").default
+        backward_operation = getattr(torch.ops.modmask, f"{self.name}_backward").default
+
+        def differentiate(*arguments: Any) -> Any:
+            # around the operation alone: reading saved tensors may run a checkpoint again
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward_operation(*arguments)
 
         class Function(torch.autograd.Function):
             """The registered gradient without the generic machinery, dearer than a small layer."""
@@ -169,8 +174,7 @@ class MaskedProduct:
             def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 if torch.is_grad_enabled():  # create_graph: the registered operation refuses
                     return product._backward(ctx, dy)
-                with torch._C._AutoDispatchBelowAutograd():
-                    return product._gradients(ctx, dy, differentiate)
+                return product._gradients(ctx, dy, differentiate)
 
         apply: Callable[..., Tensor] = Function.apply
         return apply
