@@ -106,7 +106,16 @@ class Contiguous {
   std::optional<Tensor> tensor_;
 };
 
-// `seed` is int64, of shape [] or [sets], or absent for the threshold mask.
+// How masks follow from logits and noise, as the schemas say it.
+struct EstimatorArguments {
+  int64_t code;
+  double low;
+  double high;
+  double clamp;
+  bool antithetic;
+};
+
+// `seed` is int64, of shape [] or [sets], or absent where there is no noise.
 inline MaskSpec mask_spec(
     const std::optional<Tensor>& seed,
     const Contiguous& seed_data,
@@ -116,7 +125,9 @@ inline MaskSpec mask_spec(
     int64_t sample_offset,
     int64_t element_offset,
     double tau,
-    bool hard) {
+    bool hard,
+    const EstimatorArguments& estimator) {
+  STD_TORCH_CHECK(estimator.code >= 0 && estimator.code <= 4, "estimator must be from 0 to 4");
   MaskSpec spec{};
   if (seed.has_value()) {
     STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64");
@@ -133,8 +144,54 @@ inline MaskSpec mask_spec(
   spec.tensor_id = tensor_id;
   spec.tau = static_cast<float>(tau);
   spec.hard = hard;
+  spec.estimator = static_cast<Estimator>(estimator.code);
+  spec.low = static_cast<float>(estimator.low);
+  spec.high = static_cast<float>(estimator.high);
+  spec.least_u = static_cast<float>(estimator.clamp);
+  spec.most_u = static_cast<float>(1.0 - estimator.clamp);
+  spec.antithetic = estimator.antithetic;
   return spec;
 }
+
+// The cuts of top_k masks, in memory for as long as the spec points to them.
+class CutStore {
+ public:
+  // For one parameter, of `count` logits per set. To be called before any copy of the spec is used.
+  void add(
+      MaskSpec& spec,
+      const EstimatorArguments& estimator,
+      int64_t tensor_id,
+      const float* logits,
+      int64_t count) {
+    if (spec.estimator != Estimator::kTopK || logits == nullptr) {
+      return;
+    }
+    STD_TORCH_CHECK(
+        spec.element_offset == 0, "top_k needs the logits as a whole: element_offset must be 0");
+    STD_TORCH_CHECK(
+        estimator.low >= 0.0 && estimator.low <= 1.0, "the fraction of top_k must be in [0, 1]");
+    const int64_t dropped =
+        static_cast<int64_t>((1.0 - estimator.low) * static_cast<double>(count));
+    std::vector<Cut>& cuts = cuts_[size_];
+    cuts.resize(static_cast<size_t>(spec.sets));
+    for (int64_t set = 0; set < spec.sets; ++set) {
+      STD_TORCH_CHECK(
+          active_kernels().top_k_cut(
+              logits + set * count, count, count - dropped, &cuts[static_cast<size_t>(set)],
+              torch_runner()),
+          "logits must not hold NaN");
+    }
+    of_tensor_[size_++] = {tensor_id, cuts.data()};
+    spec.cuts = of_tensor_;
+    spec.cut_count = static_cast<int64_t>(size_);
+  }
+
+ private:
+  static constexpr size_t kMost = 8;  // parameters of one operation
+  size_t size_ = 0;
+  std::vector<Cut> cuts_[kMost];
+  Cuts of_tensor_[kMost];
+};
 
 // The results of a backward operation; those that nobody needs are empty.
 class GradientTensors {

@@ -119,6 +119,7 @@ constexpr Kernels table(const char* name) {
       sample_bits,
       sample_backward,
       top_k_any,
+      top_k_cut,
   };
 }
 

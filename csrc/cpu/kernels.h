@@ -14,6 +14,21 @@ struct Runner {
   void (*run)(int threads, void (*body)(void*), void* context);
 };
 
+// How a mask follows from logits and noise, numbered as in the schemas.
+enum class Estimator { kGumbelSigmoid, kHardConcrete, kSigmoid, kThreshold, kTopK };
+
+// Keeps logits above `value`, and those equal to it among the elements before `ties`.
+struct Cut {
+  float value;
+  int64_t ties;
+};
+
+// The cuts of one parameter, one per set.
+struct Cuts {
+  int64_t tensor_id;
+  const Cut* of_set;
+};
+
 // How the masks of one parameter are drawn. Group g = set * samples + sample.
 struct MaskSpec {
   const int64_t* seeds;  // [sets], or one seed with seed_stride 0, or null: threshold logit > 0
@@ -25,6 +40,14 @@ struct MaskSpec {
   int64_t tensor_id;
   float tau;
   bool hard;
+  Estimator estimator;
+  float low;  // kHardConcrete: the stretch; kThreshold: the cut, and whether ties are kept
+  float high;
+  float least_u;  // kHardConcrete: bounds of the uniform number
+  float most_u;
+  bool antithetic;   // samples 2j and 2j + 1 share the noise of sample j, the second as 1 - u
+  const Cuts* cuts;  // kTopK: of every parameter
+  int64_t cut_count;
 };
 
 struct LinearProblem {
@@ -190,6 +213,8 @@ struct Kernels {
       const Runner&);
   // false, with nothing written, where a score is NaN
   bool (*top_k)(const TopKProblem&, uint8_t* const* masks, const Runner&);
+  // where the k largest of `count` scores end; false where a score is NaN
+  bool (*top_k_cut)(const float* scores, int64_t count, int64_t k, Cut*, const Runner&);
 };
 
 extern const Kernels kKernelsPlain;

@@ -12,6 +12,7 @@ namespace {
 // Everything that both directions need, with the contiguous copies it points into.
 struct ConvArguments {
   Contiguous x, weight, logits, bias, bias_logits, seed;
+  CutStore cuts;
   ConvProblem problem;
 
   ConvArguments(
@@ -31,7 +32,8 @@ struct ConvArguments {
       int64_t element_offset,
       int64_t samples,
       double tau,
-      bool hard)
+      bool hard,
+      const EstimatorArguments& estimator)
       : x(x_),
         weight(weight_),
         logits(logits_),
@@ -56,8 +58,10 @@ struct ConvArguments {
           bias_.has_value() && bias_logits_->numel() == sets * outputs,
           "bias_logits must be [out] or [sets, out] and come with a bias");
     }
-    problem.mask =
-        mask_spec(seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);
+    problem.mask = mask_spec(
+        seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
+    cuts.add(problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets);
+    cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), outputs);
     const int64_t parts = sets * problem.mask.samples;
     STD_TORCH_CHECK(
         parts > 0 && x_.size(0) % parts == 0,
@@ -93,10 +97,16 @@ Tensor masked_conv(
     int64_t element_offset,
     int64_t samples,
     double tau,
-    bool hard) {
+    bool hard,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic) {
   const ConvArguments a(
       x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
-      bias_tensor_id, sample_offset, element_offset, samples, tau, hard);
+      bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
+      {estimator, low, high, clamp, antithetic});
   Tensor y = empty_like(x, conv_sizes(x, a.problem));
   if (!a.empty()) {
     active_kernels().conv_forward(a.problem, y.mutable_data_ptr(), torch_runner());
@@ -123,6 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
     int64_t samples,
     double tau,
     bool hard,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic,
     bool need_x,
     bool need_weight,
     bool need_logits,
@@ -130,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
     bool need_bias_logits) {
   const ConvArguments a(
       x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
-      bias_tensor_id, sample_offset, element_offset, samples, tau, hard);
+      bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
+      {estimator, low, high, clamp, antithetic});
   check_same_type(dy, x, "dy");
   const Contiguous dy_data(dy);
   GradientTensors g(

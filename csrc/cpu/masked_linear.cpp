@@ -12,6 +12,7 @@ namespace {
 // Everything that both directions need, with the contiguous copies it points into.
 struct Arguments {
   Contiguous x, weight, logits, bias, bias_logits, seed;
+  CutStore cuts;
   LinearProblem problem;
 
   Arguments(
@@ -27,7 +28,8 @@ struct Arguments {
       int64_t element_offset,
       int64_t samples,
       double tau,
-      bool hard)
+      bool hard,
+      const EstimatorArguments& estimator)
       : x(x_),
         weight(weight_),
         logits(logits_),
@@ -55,8 +57,10 @@ struct Arguments {
               bias_logits_->size(-1) == out && bias_logits_->numel() == sets * out,
           "bias_logits must be [out] or [sets, out] and come with a bias");
     }
-    problem.mask =
-        mask_spec(seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard);
+    problem.mask = mask_spec(
+        seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
+    cuts.add(problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets);
+    cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), out);
     int64_t all_rows = 1;
     for (int64_t d = 0; d + 1 < x_.dim(); ++d) {
       all_rows *= x_.size(d);
@@ -91,10 +95,15 @@ Tensor masked_linear(
     int64_t element_offset,
     int64_t samples,
     double tau,
-    bool hard) {
+    bool hard,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic) {
   const Arguments a(
       x, weight, logits, bias, bias_logits, seed, tensor_id, bias_tensor_id, sample_offset,
-      element_offset, samples, tau, hard);
+      element_offset, samples, tau, hard, {estimator, low, high, clamp, antithetic});
   std::vector<int64_t> shape;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
     shape.push_back(x.size(d));
@@ -123,6 +132,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
     int64_t samples,
     double tau,
     bool hard,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic,
     bool need_x,
     bool need_weight,
     bool need_logits,
@@ -130,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
     bool need_bias_logits) {
   const Arguments a(
       x, weight, logits, bias, bias_logits, seed, tensor_id, bias_tensor_id, sample_offset,
-      element_offset, samples, tau, hard);
+      element_offset, samples, tau, hard, {estimator, low, high, clamp, antithetic});
   check_same_type(dy, x, "dy");
   const Contiguous dy_data(dy);
   GradientTensors g(

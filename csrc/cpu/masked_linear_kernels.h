@@ -93,7 +93,7 @@ void mask_rows(
     float* to = tile + o * step;
     const float* w = wide + o * step;
     for_mask_vectors<kHard, false>(
-        noise, n, spec.tau, [&](int64_t i, auto& m) { store(to + i, m.apply(m, load(w + i))); });
+        noise, n, spec.tau, [=](int64_t i, auto& m) { store(to + i, m.apply(m, load(w + i))); });
   }
 }
 
@@ -184,7 +184,7 @@ void masked_bias(
   exp_minus_row(logits, n, exps);
   const RowNoise noise =
       RowMasks(spec, set, sample, p.bias_tensor_id).row(o0, n, exps, logits, words);
-  for_mask_vectors<kHard, false>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+  for_mask_vectors<kHard, false>(noise, n, spec.tau, [=](int64_t i, auto& m) {
     store(values + i, m.apply(m, load(values + i)));
   });
 }
@@ -447,7 +447,7 @@ void mask_tile(
     const float* wide = t.wide + at;
     float *masked = t.masked + at, *slopes = t.slopes + at, *values = t.values + at;
     const auto fill = [&](auto keep_values) {
-      for_mask_vectors<kHard, true>(noise, t.i_count, spec.tau, [&](int64_t i, auto& m) {
+      for_mask_vectors<kHard, true>(noise, t.i_count, spec.tau, [=](int64_t i, auto& m) {
         const vf w = load(wide + i);
         store(masked + i, m.apply(m, w));
         store(slopes + i, m.soft.slope);

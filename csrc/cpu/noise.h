@@ -182,10 +182,11 @@ MODMASK_INLINE Surrogate surrogate(vf logit, vf u, vf rest, float inverse_tau) {
   const vf lost = fma(odds.integer - l.integer, scale, -whole);
   const vf part = (odds.fraction - l.fraction) * scale + lost;
   const vf limit = splat(kExponentLimit);
-  const vf bounded = maximum(minimum(whole, limit), -limit);
+  const vf bounded = maximum(minimum(whole + part, limit), -limit);
   const vf round = splat(kRoundToInteger);
-  const vf shifted = (bounded + part) + round;
-  const vf f = (bounded - (shifted - round)) + part;
+  const vf shifted = bounded + round;
+  vf f = (whole - (shifted - round)) + part;
+  f = maximum(minimum(f, splat(1.0f)), splat(-1.0f));  // beyond the limit, at low temperatures
   vf p = splat(kExp2[0]);
 #pragma GCC unroll 8
   for (int i = 1; i <= kExp2Degree; ++i) {

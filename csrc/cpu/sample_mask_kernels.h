@@ -35,7 +35,7 @@ void sample_values(
       spec, logits, count, runner,
       [&](int64_t set, int64_t k, int64_t first, int64_t n, const RowNoise& noise) {
         float* to = values + (k * spec.sets + set) * count + first;
-        for_mask_vectors<kHard, false>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+        for_mask_vectors<kHard, false>(noise, n, spec.tau, [=](int64_t i, auto& m) {
           store_part(to + i, m.values(m), n - i);
         });
       });
@@ -49,21 +49,21 @@ inline void sample_bits(
       spec, logits, count, runner,
       [&](int64_t set, int64_t k, int64_t first, int64_t n, const RowNoise& noise) {
         uint8_t* to = bits + (k * spec.sets + set) * bytes + first / 8;
-        const vf two24 = splat(kTwo24);
-        for (int64_t i = 0; i < n; i += kStep) {
-          uint32_t kept = 0;
-          for (int64_t j = 0; j < kStep; j += kLanes) {
-            const vf u = noise_value(load(noise.words + i + j));
-            kept |= bits_less(u * load(noise.exp_minus + i + j), two24 - u) << j;
+        uint32_t kept = 0;
+        for_mask_vectors<true, false>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+          const int64_t at = i % kStep, first_of = i - at, left = n - first_of;
+          kept |= bits_less(m.low, m.high) << at;
+          if (at + kLanes < kStep && at + kLanes < left) {
+            return;
           }
-          const int64_t left = n - i;
           if (left < kStep) {
             kept &= (1u << left) - 1u;
           }
           for (int64_t j = 0; j < kStep && j < left; j += 8) {
-            to[(i + j) / 8] = static_cast<uint8_t>(kept >> j);
+            to[(first_of + j) / 8] = static_cast<uint8_t>(kept >> j);
           }
-        }
+          kept = 0;
+        });
       });
 }
 
@@ -79,7 +79,7 @@ inline void sample_backward(
       [&](int64_t set, int64_t k, int64_t first, int64_t n, const RowNoise& noise) {
         float* to = dlogits + set * count + first;
         const float* d = dvalues + (k * spec.sets + set) * count + first;
-        for_mask_vectors<true, true>(noise, n, spec.tau, [&](int64_t i, auto& m) {
+        for_mask_vectors<true, true>(noise, n, spec.tau, [=](int64_t i, auto& m) {
           const vf g = m.soft.slope * load_part(d + i, n - i);
           store_part(to + i, k == 0 ? g : g + load_part(to + i, n - i), n - i);
         });

@@ -133,14 +133,16 @@ bool any_nan(const TopKProblem& p, const TopKRanges& ranges, const Runner& runne
   return found;
 }
 
-// Masks as bytes, or as bits. Returns false, with nothing written, where a score is NaN.
+// The k-th largest key, how many keys equal it, and how many of these are kept.
+struct KthKey {
+  uint32_t threshold;
+  int64_t left;
+  int64_t equal;
+};
+
+// Digit by digit from the top.
 template <typename T>
-bool top_k(const TopKProblem& p, uint8_t* const* masks, const Runner& runner) {
-  const TopKRanges ranges(p, runner.threads);
-  if (any_nan<T>(p, ranges, runner)) {
-    return false;
-  }
-  // the k-th largest key, digit by digit from the top, and how many keys equal to it are kept
+KthKey select_key(const TopKProblem& p, const TopKRanges& ranges, const Runner& runner) {
   uint32_t threshold = 0;
   int64_t left = p.k;
   int64_t equal = 0;
@@ -156,10 +158,48 @@ bool top_k(const TopKProblem& p, uint8_t* const* masks, const Runner& runner) {
     threshold |= static_cast<uint32_t>(digit) << shift;
     equal = totals[digit];
   }
+  return {threshold, left, equal};
+}
 
+// Where the k largest of one tensor end. Returns false where a score is NaN.
+inline bool top_k_cut(
+    const float* scores, int64_t count, int64_t k, Cut* cut, const Runner& runner) {
+  const void* tensors[] = {scores};
+  const TopKProblem p{tensors, &count, 1, DType::kFloat32, k, true, false};
+  const TopKRanges ranges(p, runner.threads);
+  if (any_nan<float>(p, ranges, runner)) {
+    return false;
+  }
+  if (k == 0) {
+    *cut = {__builtin_inff(), 0};
+    return true;
+  }
+  KthKey found = select_key<float>(p, ranges, runner);
+  const uint32_t top = 0x80000000u;
+  const uint32_t bits = (found.threshold & top) != 0 ? found.threshold ^ top : ~found.threshold;
+  __builtin_memcpy(&cut->value, &bits, sizeof bits);
+  cut->ties = count;
+  if (found.left < found.equal) {
+    for (cut->ties = 0; found.left > 0; ++cut->ties) {
+      found.left -= scores[cut->ties] == cut->value;
+    }
+  }
+  return true;
+}
+
+// Masks as bytes, or as bits. Returns false, with nothing written, where a score is NaN.
+template <typename T>
+bool top_k(const TopKProblem& p, uint8_t* const* masks, const Runner& runner) {
+  const TopKRanges ranges(p, runner.threads);
+  if (any_nan<T>(p, ranges, runner)) {
+    return false;
+  }
+  const KthKey found = select_key<T>(p, ranges, runner);
+  const uint32_t threshold = found.threshold;
+  const int64_t left = found.left;
   // where only some of the equal keys are kept, they are the first ones
   int64_t equal_before[kTopKRanges] = {};
-  const bool rationed = left < equal;
+  const bool rationed = left < found.equal;
   if (rationed) {
     run_tasks(
         runner, ranges.count(), static_cast<double>(ranges.units() * kTopKUnit) / 4,

@@ -1,5 +1,7 @@
 """The operations: pure functions of tensors and an explicit seed."""
 
+from . import estimators
+from .estimators import Estimator
 from .masked_conv import masked_conv1d, masked_conv2d
 from .masked_conv_transpose import masked_conv_transpose1d, masked_conv_transpose2d
 from .masked_linear import masked_linear
@@ -10,6 +12,8 @@ from .select import select_conv1d, select_conv2d, select_linear
 from .top_k_mask import top_k_mask
 
 __all__ = [
+    "Estimator",
+    "estimators",
     "masked_conv1d",
     "masked_conv2d",
     "masked_conv_transpose1d",

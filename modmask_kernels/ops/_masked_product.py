@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import _blocks, _check, _library
+from . import _blocks, _check, _library, estimators
+from .estimators import Estimator
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,7 +24,7 @@ _OPERANDS = (
 )
 _DRAW = (
     "int tensor_id, int bias_tensor_id, SymInt sample_offset, SymInt element_offset, "
-    "int samples, float tau, bool hard"
+    f"int samples, float tau, bool hard, {estimators.SCHEMA}"
 )
 _NEEDS = "bool need_x, bool need_weight, bool need_logits, bool need_bias, bool need_bias_logits"
 
@@ -36,18 +37,48 @@ _DRAW_NAMES = (
     "samples",
     "tau",
     "hard",
-    "n_of_m",
 )
 
 
 def positional(reference: Callable[..., Tensor], *options: str) -> Callable[..., Tensor]:
-    """A reference with the arguments of the schema, by position; `options` follow the seed."""
+    """A reference with the arguments of the schema, by position; `options` follow the seed.
+
+    Behind the schema's arguments may stand `n_of_m`, which has no kernel.
+    """
     names = ("seed", *options, *_DRAW_NAMES)
 
     def call(*arguments: Any) -> Tensor:
-        return reference(*arguments[:5], **dict(zip(names, arguments[5:], strict=False)))
+        end = 5 + len(names)
+        code, low, high, clamp, antithetic, *rest = arguments[end:]
+        return reference(
+            *arguments[:5],
+            **dict(zip(names, arguments[5:end], strict=True)),
+            estimator=estimators.of_arguments(code, low, high, clamp),
+            antithetic=antithetic,
+            **({"n_of_m": rest[0]} if rest else {}),
+        )
 
     return call
+
+
+def draw_arguments(
+    tensor_id: int,
+    bias_tensor_id: int | None,
+    sample_offset: int,
+    element_offset: int,
+    samples: int,
+    tau: float,
+    hard: bool,
+    estimator: str | Estimator,
+    antithetic: bool,
+) -> tuple[Any, ...]:
+    """What the schemas say of the masks, checked."""
+    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    chosen = estimators.resolve(estimator)
+    estimators.check_whole(chosen, element_offset)
+    bias_id = number_of_bias(tensor_id, bias_tensor_id)
+    drawn = estimators.arguments(chosen, antithetic)
+    return (tensor_id, bias_id, sample_offset, element_offset, samples, tau, hard, *drawn)
 
 
 class MaskedProduct:
@@ -308,10 +339,17 @@ def check_n_of_m(n_of_m: Sequence[int], weight: Tensor, logits: Tensor) -> None:
         )
 
 
-def check_hard(n_of_m: Sequence[int] | None, hard: bool) -> None:
-    """n:m masks exist as hard ones only."""
-    if n_of_m is not None and not hard:
+def check_hard(
+    n_of_m: Sequence[int] | None, hard: bool, estimator: str | Estimator = "gumbel_sigmoid"
+) -> None:
+    """n:m masks exist as hard ones of the Gumbel-sigmoid only."""
+    if n_of_m is None:
+        return
+    if not hard:
         raise ValueError("n_of_m needs hard masks, hard=True: soft ones do not compete")
+    name = estimators.resolve(estimator).name
+    if name != "gumbel_sigmoid":
+        raise ValueError(f"n_of_m needs the estimator 'gumbel_sigmoid', not {name!r}")
 
 
 def check_batch(x: Tensor, dim: int, sets: int, samples: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import times_blocks
+from .estimators import GUMBEL_SIGMOID, Estimator
 from .sample_mask.reference import mask_of_sample
 
 
@@ -28,6 +29,8 @@ def product_per_group(
     tau: float,
     hard: bool,
     n_of_m: tuple[int, int] | None = None,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
     batch_dim: int = 0,
 ) -> Tensor:
     """`product(part of x, masked weight, masked bias)` of every group; arguments are valid."""
@@ -64,6 +67,8 @@ def product_per_group(
                 tau=tau,
                 hard=hard,
                 n_of_m=n_of_m,
+                estimator=estimator,
+                antithetic=antithetic,
             )
 
         b = bias

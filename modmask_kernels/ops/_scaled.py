@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import estimators
+from .estimators import GUMBEL_SIGMOID, Estimator
 from .sample_mask import sample_mask
 from .sample_mask.reference import mask_of_sample
 
@@ -21,11 +23,18 @@ def group_masks(
     samples: int,
     tau: float,
     hard: bool,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
 ) -> Tensor:
     """The masks of every group, [sets * samples, logits of one set], of `logits` [sets, ...]."""
     logits = logits.flatten(1)
     if seed is None:
-        return mask_of_sample(logits, seed=None, tau=tau, hard=hard)
+        return torch.stack(
+            [
+                mask_of_sample(row, seed=None, tau=tau, hard=hard, estimator=estimator)
+                for row in logits
+            ]
+        )
     masks = sample_mask(
         logits,
         seed=seed.expand(logits.shape[0]),
@@ -35,6 +44,8 @@ def group_masks(
         tensor_id=tensor_id,
         sample_offset=sample_offset,
         element_offset=element_offset,
+        estimator=estimator,
+        antithetic=antithetic,
     )
     return masks.transpose(0, 1).flatten(0, 1)
 
@@ -91,6 +102,11 @@ def scaled_product(
     samples: int,
     tau: float,
     hard: bool,
+    code: int,
+    low: float,
+    high: float,
+    clamp: float,
+    antithetic: bool,
 ) -> Tensor:
     """`product_per_group` where the mask scales the outputs (side 0) or the inputs (side 1).
 
@@ -101,7 +117,8 @@ def scaled_product(
     """
     if logits.dim() == weight.dim():
         logits = logits.unsqueeze(0)
-    draw = (seed, sample_offset, samples, tau, hard)
+    estimator = estimators.of_arguments(code, low, high, clamp)
+    draw = (seed, sample_offset, samples, tau, hard, estimator, antithetic)
     masks = group_masks(logits, tensor_id, element_offset, *draw)
     groups = masks.shape[0]
 

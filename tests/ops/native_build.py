@@ -90,6 +90,11 @@ class Draw(ctypes.Structure):
         ("tensor_id", ctypes.c_int64),
         ("tau", ctypes.c_float),
         ("hard", ctypes.c_int32),
+        ("estimator", ctypes.c_int32),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("clamp", ctypes.c_float),
+        ("antithetic", ctypes.c_int32),
     )
 
 

@@ -11,9 +11,11 @@ from tolerance import check_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modmask_kernels import _native, ops
+from modmask_kernels.ops.estimators import arguments
 from modmask_kernels.ops.masked_conv import reference
 
 NAMES = ("x", "weight", "logits", "bias", "bias_logits")
+GUMBEL = arguments("gumbel_sigmoid", False)
 needs_kernels = pytest.mark.skipif(not _native.available(), reason="tests the compiled kernels")
 
 
@@ -346,6 +348,7 @@ def test_opcheck(dtype):
         2,
         1.0,
         True,
+        *GUMBEL,
     ]
     torch.library.opcheck(torch.ops.modmask.masked_conv.default, arguments)
 

@@ -12,11 +12,13 @@ from tolerance import check_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modmask_kernels import _native, ops
+from modmask_kernels.ops.estimators import arguments
 from modmask_kernels.ops.masked_linear import reference
 from modmask_kernels.ops.sample_mask import reference as mask_reference
 
 NAMES = ("x", "weight", "logits", "bias", "bias_logits")
 HALVES = [torch.bfloat16, torch.float16]
+GUMBEL = arguments("gumbel_sigmoid", False)
 needs_kernels = pytest.mark.skipif(not _native.available(), reason="tests the compiled kernels")
 
 
@@ -597,13 +599,13 @@ def test_opcheck(case, bias, dtype):
     namespace = torch.ops.modmask
     for hard in (True, False):
         leaves = [t if t is None else t.clone().requires_grad_() for t in tensors.values()]
-        torch.library.opcheck(namespace.masked_linear.default, (*leaves, *draw, hard))
+        torch.library.opcheck(namespace.masked_linear.default, (*leaves, *draw, hard, *GUMBEL))
     dy = gradient_of(torch.empty(*tensors["x"].shape[:-1], case.outputs, dtype=dtype))
     needs = [t is not None for t in tensors.values()]
     for wanted in (needs, [False, False, True, False, False]):
         torch.library.opcheck(
             namespace.masked_linear_backward.default,
-            (dy, *tensors.values(), *draw, True, *wanted),
+            (dy, *tensors.values(), *draw, True, *GUMBEL, *wanted),
         )
 
 

@@ -16,11 +16,12 @@ from .._masked_product import (
     check_batch,
     check_hard,
     check_parameters,
+    draw_arguments,
     lowered,
-    number_of_bias,
     positional,
 )
 from .._scaled import scaled_product
+from ..estimators import Estimator
 from . import reference
 
 __all__ = ["masked_conv1d", "masked_conv2d"]
@@ -69,11 +70,23 @@ def _masked_conv(
     tau: float,
     hard: bool,
     n_of_m: tuple[int, int] | None,
+    estimator: str | Estimator,
+    antithetic: bool,
 ) -> Tensor:
     _check.check_tensors(x=x, weight=weight, logits=logits)
     x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
-    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
-    check_hard(n_of_m, hard)
+    draw = draw_arguments(
+        tensor_id,
+        bias_tensor_id,
+        sample_offset,
+        element_offset,
+        samples,
+        tau,
+        hard,
+        estimator,
+        antithetic,
+    )
+    check_hard(n_of_m, hard, estimator)
     unbatched = x.dim() == 1 + dims
     if unbatched:
         x = x.unsqueeze(0)
@@ -87,15 +100,6 @@ def _masked_conv(
         x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)
     operands = (x, weight, logits, bias, bias_logits)
     options = (stride, padding, dilation, groups)
-    draw: tuple[Any, ...] = (
-        tensor_id,
-        number_of_bias(tensor_id, bias_tensor_id),
-        sample_offset,
-        element_offset,
-        samples,
-        tau,
-        hard,
-    )
     side = scaled_side(weight, logits)
     if side is not None:
         convolve = partial(reference.convolve, *options)
@@ -129,12 +133,14 @@ def masked_conv2d(
     tau: float = 1.0,
     hard: bool = True,
     n_of_m: tuple[int, int] | None = None,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     r"""2d convolution whose weight is masked anew for every group of the batch.
 
     The batch is cut into `sets * samples` equal, contiguous groups; group `set * samples + sample`
     is convolved with the weight masked by that sample of that set. Masks are sampled from
-    `logits` (Gumbel-sigmoid, one uniform per weight; Csordás et al. 2020, section 2), binarised,
+    `logits` (by default Gumbel-sigmoid, one uniform per weight; Csordás et al. 2020, section 2),
     applied and multiplied tile by tile: neither a masked weight nor the patches of the input ever
     exist as a whole, and the backward pass regenerates the masks from the seed. Forward is pure:
     equal arguments give equal bits.
@@ -151,8 +157,9 @@ def masked_conv2d(
         bias_logits: `[out]` or `[sets, out]`; masks the bias likewise.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding also as
             "valid" or "same".
-        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard, n_of_m:
-            as in `masked_linear`; the inputs of `n_of_m` are channels at one place of the kernel.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard, n_of_m,
+            estimator, antithetic: as in `masked_linear`; the inputs of `n_of_m` are channels at
+            one place of the kernel.
 
     Returns:
         `[batch, out, height, width]`, dtype of `x`.
@@ -193,6 +200,8 @@ def masked_conv2d(
         tau,
         hard,
         n_of_m,
+        estimator,
+        antithetic,
     )
 
 
@@ -216,6 +225,8 @@ def masked_conv1d(
     tau: float = 1.0,
     hard: bool = True,
     n_of_m: tuple[int, int] | None = None,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     """`masked_conv2d` in one dimension.
 
@@ -223,8 +234,8 @@ def masked_conv1d(
         x: `[batch, in, length]` or `[in, length]`. weight: `[out, in / groups, kernel]`.
         logits, bias, bias_logits: as in `masked_conv2d`.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv1d`.
-        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard, n_of_m:
-            as in `masked_conv2d`.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard, n_of_m,
+            estimator, antithetic: as in `masked_conv2d`.
 
     Returns:
         `[batch, out, length]`, dtype of `x`.
@@ -257,4 +268,6 @@ def masked_conv1d(
         tau,
         hard,
         n_of_m,
+        estimator,
+        antithetic,
     )

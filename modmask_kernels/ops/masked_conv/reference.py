@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._reference import product_per_group
+from ..estimators import GUMBEL_SIGMOID, Estimator
 
 
 def convolve(
@@ -49,6 +50,8 @@ def masked_conv2d(
     tau: float = 1.0,
     hard: bool = True,
     n_of_m: tuple[int, int] | None = None,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
 ) -> Tensor:
     """See `modmask_kernels.ops.masked_conv2d`; arguments are assumed valid.
 
@@ -70,4 +73,6 @@ def masked_conv2d(
         tau=tau,
         hard=hard,
         n_of_m=n_of_m,
+        estimator=estimator,
+        antithetic=antithetic,
     )

@@ -14,12 +14,13 @@ from .._masked_product import (
     check_batch,
     check_hard,
     check_parameters,
+    draw_arguments,
     explain,
     lowered,
-    number_of_bias,
     positional,
 )
 from .._scaled import scaled_product
+from ..estimators import Estimator
 from . import reference
 
 __all__ = ["explain", "masked_linear"]
@@ -78,12 +79,14 @@ def masked_linear(
     hard: bool = True,
     n_of_m: tuple[int, int] | None = None,
     batch_dim: int = 0,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     r"""Linear layer whose weight is masked anew for every group of the batch.
 
     The batch is cut into `sets * samples` equal, contiguous groups; group `set * samples + sample`
     is multiplied with the weight masked by that sample of that set. Masks are sampled from
-    `logits` (Gumbel-sigmoid, one uniform per weight; Csordás et al. 2020, section 2), binarised,
+    `logits` (by default Gumbel-sigmoid, one uniform per weight; Csordás et al. 2020, section 2),
     applied and multiplied without ever existing at the size of the weight; the backward pass
     regenerates them from the seed. Forward is pure: equal arguments give equal bits.
 
@@ -96,8 +99,8 @@ def masked_linear(
             `[out / r, 1]` or `[1, in / c]` a plain product is scaled by the mask.
         bias: `[out]`, dtype of `x`.
         bias_logits: `[out]` or `[sets, out]`; masks the bias likewise.
-        seed: int64 tensor `[]` or `[sets]` on the device of `x`; `None` keeps weights with
-            `logit > 0`, whatever `samples` says.
+        seed: int64 tensor `[]` or `[sets]` on the device of `x`; `None` draws no noise and keeps
+            weights with `logit > 0`, whatever `samples` says.
         tensor_id: names the weight in the noise; two tensors of a model need different ones.
         bias_tensor_id: the same for the bias; `tensor_id + 1` unless given.
         sample_offset: index of the first sample (rank r of a data-parallel job uses
@@ -112,6 +115,9 @@ def masked_linear(
             Logits have the shape of the weight, masks are hard, the gradient is that of the mask
             without `n_of_m` (n:m sparsity of Mishra et al. 2021; Zhou et al. 2021).
         batch_dim: the dimension of `x` that is cut into groups.
+        estimator: how masks follow from logits and noise: a name or a value of
+            `modmask_kernels.ops.estimators`; see `docs/estimators.md`.
+        antithetic: samples 2j and 2j + 1 use the same uniform numbers, the second one as 1 - u.
 
     Returns:
         `[..., out]`, dtype of `x`.
@@ -132,17 +138,18 @@ def masked_linear(
              for s in range(sets) for k in range(samples)]
         return torch.cat(y, dim=batch_dim)
     """
-    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
-    draw: tuple[Any, ...] = (
+    draw = draw_arguments(
         tensor_id,
-        number_of_bias(tensor_id, bias_tensor_id),
+        bias_tensor_id,
         sample_offset,
         element_offset,
         samples,
         tau,
         hard,
+        estimator,
+        antithetic,
     )
-    check_hard(n_of_m, hard)
+    check_hard(n_of_m, hard, estimator)
     if batch_dim == 0 and n_of_m is None:
         quick = product.quick(x, weight, logits, bias, bias_logits, seed, *draw)
         if quick is not None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._reference import product_per_group
+from ..estimators import GUMBEL_SIGMOID, Estimator
 
 
 def masked_linear(
@@ -24,6 +25,8 @@ def masked_linear(
     tau: float = 1.0,
     hard: bool = True,
     n_of_m: tuple[int, int] | None = None,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
     batch_dim: int = 0,
 ) -> Tensor:
     """See `modmask_kernels.ops.masked_linear`; arguments are assumed valid."""
@@ -43,5 +46,7 @@ def masked_linear(
         tau=tau,
         hard=hard,
         n_of_m=n_of_m,
+        estimator=estimator,
+        antithetic=antithetic,
         batch_dim=batch_dim,
     )

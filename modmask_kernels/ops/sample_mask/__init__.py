@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _check, _library
+from .. import _check, _library, estimators
+from ..estimators import Estimator
 from . import reference
 
 
 def _values_reference(
     logits: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     samples: int,
     tau: float,
     hard: bool,
     tensor_id: int,
     sample_offset: int,
     element_offset: int,
+    code: int,
+    low: float,
+    high: float,
+    clamp: float,
+    antithetic: bool,
 ) -> Tensor:
     return reference.sample_mask(
         logits,
@@ -32,21 +38,14 @@ def _values_reference(
         tensor_id=tensor_id,
         sample_offset=sample_offset,
         element_offset=element_offset,
+        estimator=estimators.of_arguments(code, low, high, clamp),
+        antithetic=antithetic,
     )
 
 
-def _packed_reference(
-    logits: Tensor,
-    seed: Tensor,
-    samples: int,
-    tensor_id: int,
-    sample_offset: int,
-    element_offset: int,
-) -> Tensor:
-    values = _values_reference(
-        logits.detach(), seed, samples, 1.0, True, tensor_id, sample_offset, element_offset
-    )
-    leading = values.shape[: 1 + seed.dim()]
+def _packed_reference(logits: Tensor, seed: Tensor | None, samples: int, *where: Any) -> Tensor:
+    values = _values_reference(logits.detach(), seed, samples, 1.0, True, *where)
+    leading = values.shape[: 1 + _set_dims(seed)]
     rows = values.reshape(leading.numel(), -1)
     if not rows.shape[0]:
         return rows.new_empty((*leading, -(-rows.shape[1] // 8)), dtype=torch.uint8)
@@ -56,48 +55,50 @@ def _packed_reference(
 def _backward_reference(
     dvalues: Tensor,
     logits: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     samples: int,
     tau: float,
-    tensor_id: int,
-    sample_offset: int,
-    element_offset: int,
+    *where: Any,
 ) -> Tensor:
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        values = _values_reference(
-            leaf, seed, samples, tau, True, tensor_id, sample_offset, element_offset
-        )
+        values = _values_reference(leaf, seed, samples, tau, True, *where)
     return torch.autograd.grad(values, leaf, dvalues)[0]
 
 
-_WHERE = "int tensor_id, SymInt sample_offset, SymInt element_offset"
+def _set_dims(seed: Tensor | None) -> int:
+    """The dimensions of the sets: one where each has its seed."""
+    return 0 if seed is None else seed.dim()
+
+
+_WHERE = f"int tensor_id, SymInt sample_offset, SymInt element_offset, {estimators.SCHEMA}"
 _library.define(
-    "sample_mask(Tensor logits, Tensor seed, int samples, float tau, bool hard, "
+    "sample_mask(Tensor logits, Tensor? seed, int samples, float tau, bool hard, "
     f"{_WHERE}) -> Tensor",
     _values_reference,
 )
 _library.define(
-    f"sample_mask_packed(Tensor logits, Tensor seed, int samples, {_WHERE}) -> Tensor",
+    f"sample_mask_packed(Tensor logits, Tensor? seed, int samples, {_WHERE}) -> Tensor",
     _packed_reference,
 )
 _library.define(
-    "sample_mask_backward(Tensor dvalues, Tensor logits, Tensor seed, int samples, float tau, "
+    "sample_mask_backward(Tensor dvalues, Tensor logits, Tensor? seed, int samples, float tau, "
     f"{_WHERE}) -> Tensor",
     _backward_reference,
 )
 
 
 @_library.fake("sample_mask")
-def _values_fake(logits: Tensor, seed: Tensor, samples: int, *_: Any) -> Tensor:
-    return logits.new_empty((samples, *logits.shape))
+def _values_fake(logits: Tensor, seed: Tensor | None, samples: int, *_: Any) -> Tensor:
+    return logits.new_empty((1 if seed is None else samples, *logits.shape))
 
 
 @_library.fake("sample_mask_packed")
-def _packed_fake(logits: Tensor, seed: Tensor, samples: int, *_: Any) -> Tensor:
-    sets = logits.shape[: seed.dim()]
-    count = logits[0].numel() if seed.dim() else logits.numel()
-    return logits.new_empty((samples, *sets, (count + 7) // 8), dtype=torch.uint8)
+def _packed_fake(logits: Tensor, seed: Tensor | None, samples: int, *_: Any) -> Tensor:
+    dims = _set_dims(seed)
+    count = logits[0].numel() if dims else logits.numel()
+    leading = (1 if seed is None else samples, *logits.shape[:dims])
+    return logits.new_empty((*leading, (count + 7) // 8), dtype=torch.uint8)
 
 
 @_library.fake("sample_mask_backward")
@@ -113,7 +114,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
     dlogits = _differentiate(dvalues, *ctx.saved_tensors, *ctx.draw)
-    return (dlogits, *(None,) * 7)
+    return (dlogits, *(None,) * (2 + len(ctx.draw)))
 
 
 _sample = _library.differentiable("sample_mask", _setup_context, _backward)
@@ -123,26 +124,27 @@ _library.batched("sample_mask_packed")
 
 def _check_arguments(
     logits: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     samples: int,
     tau: float,
     tensor_id: int,
     sample_offset: int,
     element_offset: int,
+    estimator: Estimator,
 ) -> None:
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits must be float32 (or float64), not {logits.dtype}")
-    if seed is None:
-        raise TypeError("seed must be an int64 tensor; for the threshold mask use logits > 0")
     _check.check_seed(seed, None, logits, "logits")
-    if seed.dim() and (logits.dim() < 1 or logits.shape[0] != seed.shape[0]):
-        raise ValueError(
-            f"logits must have shape [{seed.shape[0]}, ...] beside a seed of shape "
-            f"{_check.shape_of(seed)} (one per set), not {_check.shape_of(logits)}"
-        )
-    if seed.dim() and not seed.shape[0]:
-        raise ValueError("seed must not be empty")
+    if seed is not None and seed.dim():
+        if logits.dim() < 1 or logits.shape[0] != seed.shape[0]:
+            raise ValueError(
+                f"logits must have shape [{seed.shape[0]}, ...] beside a seed of shape "
+                f"{_check.shape_of(seed)} (one per set), not {_check.shape_of(logits)}"
+            )
+        if not seed.shape[0]:
+            raise ValueError("seed must not be empty")
     _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    estimators.check_whole(estimator, element_offset)
 
 
 def _fused(logits: Tensor) -> bool:
@@ -156,13 +158,15 @@ def _fused(logits: Tensor) -> bool:
 def sample_mask(
     logits: Tensor,
     *,
-    seed: Tensor,
+    seed: Tensor | None,
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
     tensor_id: int = 0,
     sample_offset: int = 0,
     element_offset: int = 0,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     r"""Masks drawn from logits: Gumbel-sigmoid samples with the straight-through gradient.
 
@@ -173,13 +177,17 @@ def sample_mask(
     Args:
         logits: any shape, float32 (fused on the CPU) or float64 (reference); with a seed of shape
             `[sets]` its first dimension is the sets.
-        seed: int64 tensor `[]` or `[sets]` on the device of `logits`.
+        seed: int64 tensor `[]` or `[sets]` on the device of `logits`; `None` draws no noise: one
+            mask of all the logits, as one set, kept where `logit > 0`.
         samples: number of masks per set.
         tau: temperature of the soft mask and of the surrogate gradient.
         hard: exactly 0/1; else `sigmoid((logit + log((1-u)/u)) / tau)`.
         tensor_id: position of the parameter in its model.
         sample_offset: index of the first sample.
         element_offset: row-major index of the first logit (of each set) in the whole parameter.
+        estimator: how masks follow from logits and noise: a name or a value of
+            `modmask_kernels.ops.estimators`; see `docs/estimators.md`.
+        antithetic: samples 2j and 2j + 1 use the same uniform numbers, the second one as 1 - u.
 
     Returns:
         `[samples, *logits.shape]`, dtype of `logits`. The gradient with respect to `logits` is
@@ -195,22 +203,23 @@ def sample_mask(
         mask = (u < torch.sigmoid(logits)).to(soft.dtype)
         return mask + (soft - soft.detach()) if hard else soft
     """
-    _check_arguments(logits, seed, samples, tau, tensor_id, sample_offset, element_offset)
-    call = _sample if _fused(logits) else _values_reference
-    values: Tensor = call(
-        logits, seed, samples, tau, hard, tensor_id, sample_offset, element_offset
-    )
-    return values
+    chosen = estimators.resolve(estimator)
+    where = (tensor_id, sample_offset, element_offset)
+    _check_arguments(logits, seed, samples, tau, *where, chosen)
+    call: Callable[..., Tensor] = _sample if _fused(logits) else _values_reference
+    return call(logits, seed, samples, tau, hard, *where, *estimators.arguments(chosen, antithetic))
 
 
 def sample_mask_packed(
     logits: Tensor,
     *,
-    seed: Tensor,
+    seed: Tensor | None,
     samples: int = 1,
     tensor_id: int = 0,
     sample_offset: int = 0,
     element_offset: int = 0,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     r"""The masks of `sample_mask`, one bit per weight; no gradient.
 
@@ -221,6 +230,7 @@ def sample_mask_packed(
         tensor_id: as in `sample_mask`.
         sample_offset: as in `sample_mask`.
         element_offset: as in `sample_mask`.
+        estimator, antithetic: as in `sample_mask`; masks are hard whatever the estimator.
 
     Returns:
         uint8 `[samples, ceil(n / 8)]`, or `[samples, sets, ceil(n / 8)]` with a seed per set; bit
@@ -235,8 +245,10 @@ def sample_mask_packed(
         masks = sample_mask(logits, seed=seed, samples=samples) > 0
         return torch.stack([pack_bits(m) for m in masks])
     """
-    _check_arguments(logits, seed, samples, 1.0, tensor_id, sample_offset, element_offset)
-    draw = (logits.detach(), seed, samples, tensor_id, sample_offset, element_offset)
+    chosen = estimators.resolve(estimator)
+    where = (tensor_id, sample_offset, element_offset)
+    _check_arguments(logits, seed, samples, 1.0, *where, chosen)
+    draw = (logits.detach(), seed, samples, *where, *estimators.arguments(chosen, antithetic))
     call = torch.ops.modmask.sample_mask_packed if _fused(logits) else _packed_reference
     packed: Tensor = call(*draw)
     return packed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._blocks import n_largest
+from ..estimators import GUMBEL_SIGMOID, Estimator, kept_count
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -113,17 +114,18 @@ def exp_minus(logits: Tensor) -> Tensor:
     return p * scale
 
 
-def keep(logits: Tensor, words: Tensor) -> Tensor:
+def keep(logits: Tensor, words: Tensor, clamp: float = 0.0) -> Tensor:
     """The decision u < sigmoid(logit), written as u * exp(-logit) < 1 - u in float32.
 
     Args:
         logits: any floating dtype, rounded to float32 first.
         words: int64 noise words k of the same shape.
+        clamp: u is clamped to [clamp, 1 - clamp].
 
     Returns:
         bool tensor, bit-identical on every backend.
     """
-    u = (2 * words + 1).to(torch.float32) * 2.0**-24
+    u = ((2 * words + 1).to(torch.float32) * 2.0**-24).clamp(clamp, 1.0 - clamp)
     return u * exp_minus(logits) < 1.0 - u
 
 
@@ -133,14 +135,9 @@ def odds(logits: Tensor, words: Tensor) -> Tensor:
     return (2.0**24 - u) / (u * exp_minus(logits))
 
 
-def threshold(logits: Tensor, n_of_m: tuple[int, int] | None = None) -> Tensor:
-    """The mask without noise: logit > 0, or the n largest of every m."""
-    return logits > 0 if n_of_m is None else n_largest(logits.to(torch.float32), *n_of_m)
-
-
-def soft(logits: Tensor, words: Tensor, tau: float = 1.0) -> Tensor:
+def soft(logits: Tensor, words: Tensor, tau: float = 1.0, clamp: float = 0.0) -> Tensor:
     """s = sigmoid((logit + log((1-u)/u)) / tau), differentiable, in the dtype of the logits."""
-    u = (2 * words + 1).to(logits.dtype) * 2.0**-24
+    u = ((2 * words + 1).to(logits.dtype) * 2.0**-24).clamp(clamp, 1.0 - clamp)
     return torch.sigmoid((logits + (torch.log1p(-u) - torch.log(u))) / tau)
 
 
@@ -154,49 +151,83 @@ def mask_of_sample(
     tau: float = 1.0,
     hard: bool = True,
     n_of_m: tuple[int, int] | None = None,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
 ) -> Tensor:
     """One mask of one set, differentiable with respect to `logits` (straight-through if hard).
 
-    `seed=None` is the threshold mask logit > 0; its surrogate is that of u = 1/2. `n_of_m` keeps
+    `seed=None` is the mask without noise: logit > 0, its surrogate that of u = 1/2. `n_of_m` keeps
     the n largest of every m consecutive logits along dimension 1, noise included.
     """
-    if seed is None:
+    if estimator.name in ("threshold", "top_k"):
+        return _straight_through(threshold(logits.detach(), None, estimator), logits)
+    if seed is None or not estimator.draws:
         s = torch.sigmoid(logits / tau)
         kept = threshold(logits.detach(), n_of_m)
     else:
         words = noise_words(
             logits.numel(),
             seed=seed,
-            sample=sample,
+            sample=sample >> 1 if antithetic else sample,
             tensor_id=tensor_id,
             element_offset=element_offset,
         ).view(logits.shape)
-        s = soft(logits, words, tau)
+        if antithetic and sample & 1:
+            words = 2**23 - 1 - words  # 1 - u
+        s = soft(logits, words, tau, estimator.clamp)
         kept = (
-            keep(logits.detach(), words)
+            keep(logits.detach(), words, estimator.clamp)
             if n_of_m is None
             else n_largest(odds(logits.detach(), words), *n_of_m)
         )
-    if not hard:
-        return s
-    # written so that the value is exactly 0 or 1, even where s is NaN, and the gradient that of s
+    if estimator.name == "hard_concrete":
+        s = (s * (estimator.high - estimator.low) + estimator.low).clamp(0.0, 1.0)
+    return _straight_through(kept, s) if hard else s
+
+
+def _straight_through(kept: Tensor, s: Tensor) -> Tensor:
+    """Exactly 0 or 1, even where s is NaN, with the gradient of s."""
     return kept.to(s.dtype) + (s - s.detach()).nan_to_num()
+
+
+def threshold(
+    logits: Tensor,
+    n_of_m: tuple[int, int] | None = None,
+    estimator: Estimator = GUMBEL_SIGMOID,
+) -> Tensor:
+    """The final mask of one set of one tensor, as bool: what is kept without noise.
+
+    That is logit > 0, or the n largest of every m, or what the estimator says instead.
+    """
+    if n_of_m is not None:
+        return n_largest(logits.to(torch.float32), *n_of_m)
+    if estimator.name == "threshold":
+        rounded = logits.to(torch.float32)
+        return rounded >= estimator.low if estimator.high else rounded > estimator.low
+    if estimator.name == "top_k":
+        from ..top_k_mask import top_k_mask  # which packs bits with what stands here
+
+        count = kept_count(estimator.low, logits.numel())
+        return top_k_mask(logits.to(torch.float32), count)
+    return logits > 0
 
 
 def sample_mask(
     logits: Tensor,
     *,
-    seed: Tensor,
+    seed: Tensor | None,
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
     tensor_id: int = 0,
     sample_offset: int = 0,
     element_offset: int = 0,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
 ) -> Tensor:
     """`samples` masks of every set: [samples, *logits.shape]."""
 
-    def one_set(set_logits: Tensor, set_seed: Tensor) -> Tensor:
+    def one_set(set_logits: Tensor, set_seed: Tensor | None) -> Tensor:
         drawn = [
             mask_of_sample(
                 set_logits,
@@ -206,12 +237,14 @@ def sample_mask(
                 element_offset=element_offset,
                 tau=tau,
                 hard=hard,
+                estimator=estimator,
+                antithetic=antithetic,
             )
-            for k in range(samples)
+            for k in range(1 if set_seed is None else samples)
         ]
         return torch.stack(drawn) if drawn else set_logits.new_empty((0, *set_logits.shape))
 
-    if seed.dim() == 0:
+    if seed is None or seed.dim() == 0:
         return one_set(logits, seed)
     per_set = [one_set(row, key) for row, key in zip(logits.unbind(0), seed.unbind(0), strict=True)]
     return torch.stack(per_set, dim=1)

@@ -32,6 +32,12 @@ void run_threads(int threads, void (*body)(void*), void* context) {
 
 modmask::MaskSpec spec_of(const Draw& d) {
   modmask::MaskSpec spec{};
+  spec.estimator = static_cast<modmask::Estimator>(d.estimator);
+  spec.low = d.low;
+  spec.high = d.high;
+  spec.least_u = d.clamp;
+  spec.most_u = 1.0f - d.clamp;
+  spec.antithetic = d.antithetic != 0;
   spec.seeds = d.seeds;
   spec.seed_stride = 1;
   spec.sets = d.sets;
@@ -43,6 +49,35 @@ modmask::MaskSpec spec_of(const Draw& d) {
   spec.hard = d.hard != 0;
   return spec;
 }
+
+// The cuts of top_k masks over a weight and its bias, for as long as the spec is used.
+class TopKCuts {
+ public:
+  TopKCuts(int table, const Draw& d, modmask::MaskSpec& spec)
+      : table_(table), draw_(d), spec_(spec) {}
+
+  void add(int64_t tensor_id, const float* logits, int64_t count) {
+    if (spec_.estimator != modmask::Estimator::kTopK || logits == nullptr) {
+      return;
+    }
+    const auto k = static_cast<int64_t>(draw_.low * static_cast<float>(count));
+    std::vector<modmask::Cut>& cuts = cuts_[spec_.cut_count];
+    cuts.resize(static_cast<size_t>(spec_.sets));
+    for (int64_t set = 0; set < spec_.sets; ++set) {
+      kTables[table_]->top_k_cut(
+          logits + set * count, count, k, &cuts[static_cast<size_t>(set)], {2, run_threads});
+    }
+    of_tensor_[spec_.cut_count++] = {tensor_id, cuts.data()};
+    spec_.cuts = of_tensor_;
+  }
+
+ private:
+  int table_;
+  const Draw& draw_;
+  modmask::MaskSpec& spec_;
+  std::vector<modmask::Cut> cuts_[2];
+  modmask::Cuts of_tensor_[2];
+};
 
 modmask::Gradients gradients_of(const Gradients& given) {
   modmask::Gradients d{};
@@ -132,6 +167,10 @@ modmask::RnnProblem problem_of(const Draw& draw, const Rnn& r) {
   return p;
 }
 
+int64_t weights_of(const Conv& c) {
+  return c.outputs * (c.channels / c.conv_groups) * c.kernel[0] * c.kernel[1];
+}
+
 }  // namespace
 
 extern "C" {
@@ -145,13 +184,20 @@ const char* table_name(int table) {
 }
 
 void linear_forward(int table, int threads, const Draw* draw, const Linear* l, void* y) {
-  kTables[table]->linear_forward(problem_of(*draw, *l), y, {threads, run_threads});
+  modmask::LinearProblem p = problem_of(*draw, *l);
+  TopKCuts cuts(table, *draw, p.mask);
+  cuts.add(draw->tensor_id, l->logits, l->in * l->out);
+  cuts.add(draw->tensor_id + 1, l->bias_logits, l->out);
+  kTables[table]->linear_forward(p, y, {threads, run_threads});
 }
 
 void linear_backward(
     int table, int threads, const Draw* draw, const Linear* l, const Gradients* given) {
-  kTables[table]->linear_backward(
-      problem_of(*draw, *l), gradients_of(*given), {threads, run_threads});
+  modmask::LinearProblem p = problem_of(*draw, *l);
+  TopKCuts cuts(table, *draw, p.mask);
+  cuts.add(draw->tensor_id, l->logits, l->in * l->out);
+  cuts.add(draw->tensor_id + 1, l->bias_logits, l->out);
+  kTables[table]->linear_backward(p, gradients_of(*given), {threads, run_threads});
 }
 
 void select_linear(int table, int threads, const Linear* l, const Select* s, void* y) {
@@ -163,13 +209,20 @@ void select_conv(int table, int threads, const Conv* c, const Select* s, void* y
 }
 
 void conv_forward(int table, int threads, const Draw* draw, const Conv* c, void* y) {
-  kTables[table]->conv_forward(problem_of(*draw, *c), y, {threads, run_threads});
+  modmask::ConvProblem p = problem_of(*draw, *c);
+  TopKCuts cuts(table, *draw, p.mask);
+  cuts.add(draw->tensor_id, c->logits, weights_of(*c));
+  cuts.add(draw->tensor_id + 1, c->bias_logits, c->outputs);
+  kTables[table]->conv_forward(p, y, {threads, run_threads});
 }
 
 void conv_backward(
     int table, int threads, const Draw* draw, const Conv* c, const Gradients* given) {
-  kTables[table]->conv_backward(
-      problem_of(*draw, *c), gradients_of(*given), {threads, run_threads});
+  modmask::ConvProblem p = problem_of(*draw, *c);
+  TopKCuts cuts(table, *draw, p.mask);
+  cuts.add(draw->tensor_id, c->logits, weights_of(*c));
+  cuts.add(draw->tensor_id + 1, c->bias_logits, c->outputs);
+  kTables[table]->conv_backward(p, gradients_of(*given), {threads, run_threads});
 }
 
 int64_t rnn_saved(int table, const Draw* draw, const Rnn* r) {
@@ -225,12 +278,18 @@ int top_k(
 
 void sample_values(
     int table, int threads, const Draw* draw, const float* logits, int64_t count, float* values) {
-  kTables[table]->sample_values(spec_of(*draw), logits, count, values, {threads, run_threads});
+  modmask::MaskSpec spec = spec_of(*draw);
+  TopKCuts cuts(table, *draw, spec);
+  cuts.add(draw->tensor_id, logits, count);
+  kTables[table]->sample_values(spec, logits, count, values, {threads, run_threads});
 }
 
 void sample_bits(
     int table, int threads, const Draw* draw, const float* logits, int64_t count, uint8_t* bits) {
-  kTables[table]->sample_bits(spec_of(*draw), logits, count, bits, {threads, run_threads});
+  modmask::MaskSpec spec = spec_of(*draw);
+  TopKCuts cuts(table, *draw, spec);
+  cuts.add(draw->tensor_id, logits, count);
+  kTables[table]->sample_bits(spec, logits, count, bits, {threads, run_threads});
 }
 
 void sample_backward(
@@ -241,8 +300,10 @@ void sample_backward(
     const float* dvalues,
     int64_t count,
     float* dlogits) {
-  kTables[table]->sample_backward(
-      spec_of(*draw), logits, dvalues, count, dlogits, {threads, run_threads});
+  modmask::MaskSpec spec = spec_of(*draw);
+  TopKCuts cuts(table, *draw, spec);
+  cuts.add(draw->tensor_id, logits, count);
+  kTables[table]->sample_backward(spec, logits, dvalues, count, dlogits, {threads, run_threads});
 }
 
 }  // extern "C"

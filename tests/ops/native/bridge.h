@@ -14,6 +14,11 @@ struct Draw {
   int64_t tensor_id;
   float tau;
   int32_t hard;
+  int32_t estimator;  // as in the schemas, like what follows
+  float low;
+  float high;
+  float clamp;
+  int32_t antithetic;
 };
 
 struct Linear {

@@ -488,6 +488,16 @@ void run_rnn(Rnn r, const Draw& draw, bool cut, bool all) {
   }
 }
 
+// The draw with one estimator after the other, numbers that keep and drop some of everything.
+Draw with_estimator(Draw draw, int variant) {
+  draw.estimator = variant % 5;
+  draw.low = draw.estimator == 1 ? -0.2f : 0.4f;
+  draw.high = draw.estimator == 1 ? 1.3f : 0.0f;
+  draw.clamp = draw.estimator == 1 ? 1e-3f : 0.0f;
+  draw.antithetic = variant / 5 % 2;
+  return draw;
+}
+
 }  // namespace
 
 int main() {
@@ -506,6 +516,7 @@ int main() {
                         variant % 2 ? 1.0f : 0.7f,   hard};
         run_linear(s, dtype, draw, variant % 3, 7);
         run_linear(s, dtype, draw, (variant + 2) % 3, 1 + variant % 6);
+        run_linear(s, dtype, with_estimator(draw, variant), variant % 3, 7);
         Linear linear{};
         linear.dtype = dtype;
         linear.rows = s.rows;
@@ -534,6 +545,7 @@ int main() {
       const Draw draw{variant % 4 == 3 ? nullptr : seeds, 2,   2, 1, variant % 7, 2,
                       variant % 2 ? 1.0f : 0.7f,          hard};
       run_conv(typed, draw, variant % 3, variant % 2 ? 7 : 5);
+      run_conv(typed, with_estimator(draw, variant), variant % 3, variant % 2 ? 7 : 5);
       const int64_t kernel = c.kernel[0] * c.kernel[1];
       run_select(
           typed, c.images, c.channels * c.size[0] * c.size[1], c.outputs,
@@ -569,7 +581,11 @@ int main() {
   }
   for (const int64_t count : {1, 3, 7, 8, 9, 15, 17, 31, 33, 65, 4095, 4096, 4097}) {
     for (const int hard : {1, 0}) {
-      run_sampling(count, {seeds, 2, 2, 0, count % 5, 1, hard ? 1.0f : 1.5f, hard});
+      const Draw draw{seeds, 2, 2, 0, count % 5, 1, hard ? 1.0f : 1.5f, hard};
+      run_sampling(count, draw);
+      for (int estimator = 0; estimator < 10; ++estimator) {
+        run_sampling(count, with_estimator(draw, estimator));
+      }
     }
   }
   for (int table = 0; table < table_count(); ++table) {
