@@ -126,7 +126,7 @@ inline MaskSpec mask_spec(
     int64_t element_offset,
     double tau,
     bool hard,
-    const EstimatorArguments& estimator) {
+    const EstimatorArguments& estimator = {}) {
   STD_TORCH_CHECK(estimator.code >= 0 && estimator.code <= 4, "estimator must be from 0 to 4");
   MaskSpec spec{};
   if (seed.has_value()) {

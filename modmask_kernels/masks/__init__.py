@@ -5,11 +5,14 @@ from .exchange import export_masks, from_prune, import_masks, to_prune
 from .fingerprint import weight_hash
 from .learn import LearnResult, learn_masks
 from .mask_set import MaskSet
+from .penalties import Annealing, expected_l0
 from .select import select_masks, use_sets
 
 __all__ = [
+    "Annealing",
     "LearnResult",
     "MaskSet",
+    "expected_l0",
     "export_masks",
     "from_prune",
     "import_masks",

@@ -30,9 +30,8 @@ from ..nn.granularity import Granularity, check_granularity, logits_shape
 from ..nn.masked_any import names_to_mask
 from ..nn.masked_module import check_mode, is_bias, name_sets
 from ..nn.masked_transposed import InsOuts, is_hugging_face_conv1d, turned
+from ..ops.estimators import GUMBEL_SIGMOID, Estimator, resolve
 from ..ops.sample_mask.reference import threshold
-
-ESTIMATORS = ("gumbel_sigmoid",)
 
 # the masked counterpart of every plain layer that has one
 MASKED_TYPES: dict[type[nn.Module], Any] = {
@@ -72,10 +71,12 @@ class MaskedTensor(NamedTuple):
     logits: nn.Parameter
     tensor_id: int
     n_of_m: tuple[int, int] | None = None
+    estimator: Estimator = GUMBEL_SIGMOID
+    tau: float = 1.0
 
     def kept(self, logits: Tensor) -> Tensor:
         """The threshold mask of logits of this parameter, one set, in their own shape."""
-        return threshold(logits, self.n_of_m)
+        return threshold(logits, self.n_of_m, self.estimator)
 
     @property
     def weights_per_logit(self) -> int:
@@ -130,7 +131,12 @@ def masked_tensors(layers: dict[str, MaskedModule]) -> dict[str, MaskedTensor]:
             seen.add(id(logits))
             full = f"{name}.{leaf}" if name else leaf
             found[full] = MaskedTensor(
-                parameter, logits, layer.tensor_ids[leaf], layer.n_of_m(leaf)
+                parameter,
+                logits,
+                layer.tensor_ids[leaf],
+                layer.n_of_m(leaf),
+                layer.estimator,
+                layer.tau,
             )
     return found
 
@@ -309,13 +315,16 @@ def mask_model(
     model: nn.Module,
     sets: int | Sequence[str] = 1,
     samples: int = 4,
-    estimator: str = "gumbel_sigmoid",
+    estimator: str | Estimator = "gumbel_sigmoid",
     filter: Callable[[str, nn.Module], bool] | None = None,
     *,
     also: Sequence[type[nn.Module]] = (),
     bias: bool = False,
-    tau: float = 1.0,
+    tau: float | None = None,
     init: float = 2.0,
+    antithetic: bool = False,
+    eval_tau: float | None = None,
+    inclusive: bool = False,
     granularity: Granularity | Callable[[str, nn.Module], Granularity] = "weight",
     batch_dim: int = 0,
 ) -> nn.Module:
@@ -330,14 +339,18 @@ def mask_model(
         model: any module; a bare layer works too, then use the returned module.
         sets: number of mask sets, or a list of their names.
         samples: masks drawn per set and batch (spec of the method: 4 to 8).
-        estimator: "gumbel_sigmoid", the straight-through concrete distribution.
+        estimator: how masks follow from logits and noise: "gumbel_sigmoid", "hard_concrete",
+            "sigmoid", "threshold", "top_k", or one of `ops.estimators` with its numbers; see
+            docs/estimators.md.
         filter: ``filter(name, module) -> bool``, True for the layers to mask; None masks all. Of a
             module with children that `also` names, those children are masked that it accepts too.
         also: further types of modules, `torch.nn.LayerNorm` or one of your own, whose parameters at
             any depth are masked by the general path: the module runs once per group, with a masked
             copy of its parameters (`nn.MaskedAny`).
         bias: whether biases are masked as well.
-        tau, init: temperature, and initial value of the logits.
+        tau, init: temperature (None: 2/3 for hard_concrete, else 1), and initial value of the
+            logits.
+        antithetic, eval_tau, inclusive: see `nn.MaskedModule`.
         granularity: what one logit covers, "weight", "row" or others (see `Granularity` and
             docs/granularity.md), or ``granularity(name, module)`` that says it for each layer.
         batch_dim: dimension of the batch in the inputs of the layers (1 for time-major models).
@@ -358,8 +371,8 @@ def mask_model(
     """
     outer, model = model, unwrapped(model)
     names = name_sets(sets)
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {list(ESTIMATORS)}, got {estimator!r}")
+    rule = resolve(estimator)
+    tau = rule.default_tau if tau is None else tau
     masked = find_masked_layers(model)
     if masked:
         raise ValueError(f"model: expected no masked layers, found {next(iter(masked))!r} masked")
@@ -375,11 +388,13 @@ def mask_model(
     number = {id(parameter): n for n, (_, parameter) in enumerate(model.named_parameters())}
     record = MaskRecord(
         settings={
-            "estimator": estimator,
+            "estimator": rule.name,
+            **({"estimator_options": rule.describe()} if rule.describe() else {}),
             "samples": samples,
             "tau": float(tau),
             "init": float(init),
             "bias": bool(bias),
+            **({"antithetic": True} if antithetic else {}),
             **({} if granularity == "weight" else {"granularity": _described(granularity, chosen)}),
         },
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
@@ -403,6 +418,8 @@ def mask_model(
             shared = logits.setdefault(id(parameter), layer.logits_of(leaf))
             layer._put_logits(leaf, shared)
         layer.batch_dim = batch_dim
+        layer.estimator = rule
+        layer.antithetic, layer.eval_tau, layer.inclusive = antithetic, eval_tau, inclusive
         share_hooks(module, layer)
         replacement[id(module)] = layer
     for parameter in weights:

@@ -23,6 +23,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .convert import find_record, masked_layers
 from .learner import Data, Learner, Loss, Settings
 from .mask_set import MaskSet
+from .penalties import PENALTIES
 
 Callback = Callable[[int, list[dict[str, Any]]], object]
 
@@ -68,7 +69,15 @@ def _learning(learner: Learner, mode: str) -> Iterator[None]:
     model = learner.model
     training = [(module, module.training) for module in model.modules()]
     layers = [
-        (layer, layer._mode, layer._active, layer._views, layer.seed, layer.sample_offset)
+        (
+            layer,
+            layer._mode,
+            layer._active,
+            layer._views,
+            layer.seed,
+            layer.sample_offset,
+            layer.tau,
+        )
         for layer in learner.layers.values()
     ]
     logits = {id(t.logits) for t in learner.tensors.values()}
@@ -90,9 +99,9 @@ def _learning(learner: Learner, mode: str) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
-        for layer, former_mode, active, views, seed, offset in layers:
+        for layer, former_mode, active, views, seed, offset, tau in layers:
             layer._mode, layer._active, layer._views = former_mode, active, views
-            layer.seed, layer.sample_offset = seed, offset
+            layer.seed, layer.sample_offset, layer.tau = seed, offset, tau
         for parameter, flag, grad in weights:
             parameter.requires_grad_(flag)
             parameter.grad = grad
@@ -190,6 +199,8 @@ def learn_masks(
     callback_every: int = 100,
     description: str | None = None,
     data_parallel: bool | None = None,
+    penalty_form: str = "linear",
+    tau: Callable[[int], float] | None = None,
 ) -> LearnResult:
     """Learn masks for one or several functions of a frozen network.
 
@@ -237,6 +248,10 @@ def learn_masks(
             of the same seeds, gradients and losses are averaged, and all get the result that one
             process with all samples gets from the joint batch, up to rounding. The logits start
             from those of rank 0, which alone writes the checkpoint and shows the progress bar.
+        penalty_form: "linear", the sum of the logits, or "l0", the expected number of masks that
+            are not 0 (`masks.expected_l0`), with the same coefficient `penalty`.
+        tau: the temperature of all layers as a function of the step, `masks.Annealing` for
+            instance; None leaves that of each layer. Afterwards the layers have their own again.
 
     Returns:
         LearnResult: steps, metrics, time and the masks with their logits.
@@ -274,6 +289,10 @@ def learn_masks(
     if resume and checkpoint is None:
         raise ValueError("resume: expected a checkpoint to resume from, got checkpoint=None")
 
+    if penalty_form not in PENALTIES:
+        raise ValueError(f"penalty_form: expected one of {list(PENALTIES)}, got {penalty_form!r}")
+    if tau is not None and not callable(tau):
+        raise TypeError(f"tau: expected a callable(step), got {type(tau).__name__}")
     settings = Settings(
         lr=lr,
         penalty=penalty,
@@ -284,6 +303,8 @@ def learn_masks(
         eps=float(eps),
         mode=mode,
         batch_dim=batch_dim,
+        penalty_form=penalty_form,
+        tau=tau,
     )
     chosen = _choose(model, data, sets)
     losses = loss if isinstance(loss, Mapping) else dict.fromkeys(chosen, loss)

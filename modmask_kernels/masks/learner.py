@@ -15,6 +15,7 @@ from .batches import batch_size, call_model, cut, inputs_of, join
 from .checkpoint import check_storable
 from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
 from .fingerprint import weight_hash
+from .penalties import Annealing, add_l0_gradient, expected_l0
 from .ranks import Ranks, is_sharded
 from .seeds import step_seed, stream_key
 
@@ -36,6 +37,8 @@ class Settings:
     eps: float
     mode: str
     batch_dim: int
+    penalty_form: str = "linear"
+    tau: Callable[[int], float] | None = None  # by step
 
 
 @dataclass
@@ -101,6 +104,10 @@ class Learner:
         self.layers = masked_layers(model)
         self.tensors = masked_tensors(self.layers)
         self.samples = _common_samples(self.layers)
+        self.taus = [layer.tau for layer in self.layers.values()]
+        if settings.penalty_form == "l0":
+            for tensor in self.tensors.values():
+                expected_l0(tensor.logits.new_zeros(()), tensor.estimator, tensor.tau)
         _check_tensors(self.layers, self.tensors)
         first = next(iter(self.layers.values()))
         self.device = next(iter(self.tensors.values())).logits.device
@@ -197,6 +204,10 @@ class Learner:
     def step(self, step: int) -> None:
         """One optimiser step of every set. An error leaves the sets of its run unchanged."""
         dim = self.settings.batch_dim
+        if self.settings.tau is not None:
+            tau = _positive(self.settings.tau(step), "tau")
+            for layer in self.layers.values():
+                layer.tau = tau
         for run in self.runs:
             if len(self.runs) > 1:
                 self.select(run)
@@ -243,7 +254,9 @@ class Learner:
         weights = [p.grad for p in self.weights if p.grad is not None]
         for stream, loss, grads in zip(run.streams, losses, gradients, strict=True):
             # d/dl of penalty * sum(l), which takes part in the clipping
-            if stream.penalty:
+            if stream.penalty and self.settings.penalty_form == "l0":
+                self._add_l0_gradients(stream, grads)
+            elif stream.penalty:
                 torch._foreach_add_(grads, stream.penalty)
             norms = torch._foreach_norm(grads + weights)
             if self.immediate:
@@ -279,6 +292,12 @@ class Learner:
                 grad_scale=scale,
                 found_inf=skip,
             )
+
+    def _add_l0_gradients(self, stream: Stream, grads: Sequence[Tensor]) -> None:
+        tau = next(iter(self.layers.values())).tau if self.settings.tau is not None else None
+        for tensor, row, grad in zip(self.tensors.values(), stream.rows, grads, strict=True):
+            now = tensor.tau if tau is None else tau
+            add_l0_gradient(grad, row, tensor.estimator, now, stream.penalty)
 
     def _scale(self, stream: Stream) -> Tensor | None:
         """What the optimiser divides gradients by: (norm + 1e-6) / clip where above 1.
@@ -357,7 +376,18 @@ class Learner:
             "betas": list(self.settings.betas),
             "eps": self.settings.eps,
             "mode": self.settings.mode,
+            **self._unusual(),
         }
+
+    def _unusual(self) -> dict[str, Any]:
+        """Settings that are told only where they are not the usual ones."""
+        found: dict[str, Any] = {}
+        if self.settings.penalty_form != "linear":
+            found["penalty_form"] = self.settings.penalty_form
+        tau = self.settings.tau
+        if tau is not None:  # of other functions the start is what can be told
+            found["tau"] = repr(tau) if isinstance(tau, Annealing) else f"from {tau(0)}"
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
@@ -368,7 +398,8 @@ class Learner:
             "seed": self.settings.seed,
             "learning": [self.describe(stream) for stream in self.streams],
             "samples": self.samples,
-            "tau": [layer.tau for layer in self.layers.values()],
+            "tau": self.taus,
+            "estimator": [list(layer.estimator) for layer in self.layers.values()],
             "batch_dim": self.settings.batch_dim,
             "tensors": {
                 n: [t.tensor_id, *t.parameter.shape, *_granularity(t)]
@@ -525,12 +556,12 @@ def _granularity(tensor: MaskedTensor) -> list[Any]:
 def _common_samples(layers: Mapping[str, MaskedModule]) -> int:
     (first_name, first), *others = layers.items()
     for name, layer in others:
-        if layer.samples != first.samples:
+        if layer.draws != first.draws:
             raise ValueError(
-                f"model: the masked layers need one number of samples, got {first.samples} in "
-                f"{first_name!r} and {layer.samples} in {name!r}"
+                f"model: the masked layers need one number of samples, got {first.draws} in "
+                f"{first_name!r} and {layer.draws} in {name!r}"
             )
-    return first.samples
+    return first.draws
 
 
 def _check_tensors(layers: Mapping[str, MaskedModule], tensors: Mapping[str, MaskedTensor]) -> None:
@@ -538,7 +569,7 @@ def _check_tensors(layers: Mapping[str, MaskedModule], tensors: Mapping[str, Mas
     numbers: dict[int, str] = {}
     sets = next(iter(layers.values())).set_names
     device = next(iter(tensors.values())).logits.device
-    for name, (parameter, logits, tensor_id, _) in tensors.items():
+    for name, (parameter, logits, tensor_id, *_) in tensors.items():
         if parameter.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device, it has no values")
         if is_sharded(logits):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..files import atomic, sort_metadata
 from ..ops._blocks import divides, expand_blocks
+from ..ops.estimators import GUMBEL_SIGMOID, Estimator, of_settings
 from ..ops.sample_mask.reference import threshold
 from .convert import (
     MaskedTensor,
@@ -349,8 +350,10 @@ class MaskSet(Mapping[str, Tensor]):
         packed = {name: _take_bits(tensors, name, shape) for name, shape in small.items()}
         logits = None
         if any(key.startswith("logits/") for key in tensors):
+            settings = provenance.get("settings")
+            rule = of_settings(settings) if isinstance(settings, dict) else GUMBEL_SIGMOID
             logits = {
-                name: _take_logits(tensors, name, shape, packed[name], n_of_m.get(name))
+                name: _take_logits(tensors, name, shape, packed[name], n_of_m.get(name), rule)
                 for name, shape in small.items()
             }
         if tensors:
@@ -442,7 +445,9 @@ class MaskSet(Mapping[str, Tensor]):
                 return values
         values = torch.full(shape, -magnitude).masked_fill_(kept, magnitude)
         if not torch.equal(tensor.kept(values), kept):
-            n, m = tensor.n_of_m or (0, 0)
+            if tensor.n_of_m is None:
+                raise ValueError(f"the mask of {name!r} is none that {tensor.estimator} can have")
+            n, m = tensor.n_of_m
             raise ValueError(f"the mask of {name!r} does not keep {n} of every {m} inputs")
         return values
 
@@ -576,10 +581,11 @@ def _take_logits(
     shape: torch.Size,
     bits: Tensor,
     n_of_m: tuple[int, int] | None,
+    rule: Estimator,
 ) -> Tensor:
     values = _take(tensors, f"logits/{name}", torch.float32, shape)
     if bool(values.isnan().any()):
         raise ValueError(f"tensor 'logits/{name}' holds NaN")
-    if not torch.equal(ops.pack_bits(threshold(values, n_of_m)), bits):
+    if not torch.equal(ops.pack_bits(threshold(values, n_of_m, rule)), bits):
         raise ValueError(f"tensor 'logits/{name}' contradicts its mask")
     return values

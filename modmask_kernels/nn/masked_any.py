@@ -165,7 +165,7 @@ class MaskedAny(MaskedModule):
         mode = self.effective_mode
         if mode == "off":
             return functional_call(plain, tensors, args, kwargs)
-        seed = None if mode == "threshold" else self._seed()
+        seed = self._rule(mode)["seed"]
         samples = 1 if seed is None else self.samples
         sets = self.sets if self._active is None else self._active[1]
         groups = sets * samples

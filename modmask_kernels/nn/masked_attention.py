@@ -234,7 +234,7 @@ class MaskedMultiheadAttention(MaskedModule):
             key_padding_mask = key_padding_mask.unsqueeze(0)
 
         mode = self.effective_mode
-        seed = self._seed() if mode in ("sample", "soft") else None
+        seed = None if mode == "off" else self._rule(mode)["seed"]
         n, length, _ = inputs[0].shape
         source = inputs[1].shape[1]
         causal = is_causal and key_padding_mask is None and not need_weights
@@ -395,15 +395,13 @@ class MaskedMultiheadAttention(MaskedModule):
             logits,
             bias,
             bias_logits,
-            seed=seed,
             tensor_id=self.tensor_ids[weight_name],
             bias_tensor_id=self.tensor_ids.get(bias_name),
             sample_offset=self.sample_offset,
             element_offset=offset,
             samples=self.samples,
-            tau=self.tau,
-            hard=mode != "soft",
             n_of_m=self.n_of_m(weight_name),
+            **{**self._rule(mode), "seed": seed},
         )
         if of_result is not None:
             y = y.narrow(-1, *of_result)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._blocks import expand_blocks, times_blocks
 from ..ops._masked_product import check_hard
+from ..ops.estimators import GUMBEL_SIGMOID, Estimator
 from ..ops.sample_mask.reference import mask_of_sample, threshold
 from .granularity import Granularity, check_granularity, logits_shape, n_of_m
 
-Mode = Literal["sample", "soft", "threshold", "off"]
+Mode = Literal["sample", "soft", "threshold", "noiseless", "off"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 Layer = TypeVar("Layer", bound="MaskedModule")
@@ -65,8 +66,15 @@ class MaskedModule(nn.Module):
     logits.
 
     Attributes (may be changed at any time):
-        mode: "sample" (0/1 masks, drawn), "soft" (values between, drawn), "threshold"
-            (logit > 0), "off" (plain layer), or None: "sample" while training, else "threshold".
+        mode: "sample" (masks as the estimator draws them, 0/1 by default), "soft" (values between,
+            drawn), "threshold" (0/1 without noise: logit > 0), "noiseless" (values between, without
+            noise), "off" (plain layer), or None: "sample" while training, else "threshold", or
+            "noiseless" for the estimator hard_concrete, as published.
+        estimator: how masks follow from logits and noise, a name or one of `ops.estimators`.
+        antithetic: whether samples 2j and 2j + 1 use the same uniform numbers, mirrored.
+        eval_tau: temperature of the mode "noiseless"; None is 1 for hard_concrete, else `tau`.
+        inclusive: whether the mode "threshold" keeps a logit of exactly 0 too, a convention of one
+            published package. Mask sets and plain layers are made without it.
         active_sets: None for all sets, or ``(first, count)``. In mode "threshold" the batch is
             cut into as many groups as there are active sets, so choose one set to evaluate it.
         samples, tau, batch_dim, set_names.
@@ -82,6 +90,10 @@ class MaskedModule(nn.Module):
     seed: Tensor | None
     set_names: tuple[str, ...]
     tensor_ids: dict[str, int]
+    antithetic: bool = False
+    eval_tau: float | None = None
+    inclusive: bool = False
+    _estimator: Estimator = GUMBEL_SIGMOID
 
     def _add_masks(
         self,
@@ -138,7 +150,8 @@ class MaskedModule(nn.Module):
 
     def kept(self, name: str, set: int) -> Tensor:
         """The threshold mask of a parameter, bool, in the shape of the logits of one set."""
-        return threshold(self.logits_of(name).detach()[set], self.n_of_m(name))
+        logits = self.logits_of(name).detach()[set]
+        return threshold(logits, self.n_of_m(name), self._estimator)
 
     def dense_shell(self) -> nn.Module:
         """A plain layer of these sizes and options on the meta device, for other Parameters."""
@@ -218,7 +231,43 @@ class MaskedModule(nn.Module):
         """The mode that the next forward pass has."""
         if self._mode is not None:
             return self._mode
-        return "sample" if self.training else "threshold"
+        if self.training:
+            return "sample"
+        return "noiseless" if self._estimator.name == "hard_concrete" else "threshold"
+
+    @property
+    def estimator(self) -> Estimator:
+        """How masks follow from logits and noise; a name may be assigned too."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, estimator: str | Estimator) -> None:
+        self._estimator = ops.estimators.resolve(estimator)
+
+    @property
+    def draws(self) -> int:
+        """The masks of each set that a batch meets while learning; one where all are the same."""
+        return self.samples if self._estimator.draws else 1
+
+    def _rule(self, mode: str) -> dict[str, Any]:
+        """The arguments of an operation that say how masks follow in a mode other than "off"."""
+        estimator, tau, seed, hard = self._estimator, self.tau, None, True
+        if mode == "threshold":
+            if self.inclusive and estimator.name not in ("threshold", "top_k"):
+                estimator = ops.estimators.threshold(0.0, inclusive=True)
+        elif mode == "noiseless":
+            default = 1.0 if estimator.name == "hard_concrete" else tau
+            tau, hard = default if self.eval_tau is None else self.eval_tau, False
+        else:
+            seed = self._seed() if estimator.draws else None
+            hard = mode == "sample" and estimator.binary
+        return {
+            "seed": seed,
+            "tau": tau,
+            "hard": hard,
+            "estimator": estimator,
+            "antithetic": self.antithetic,
+        }
 
     @property
     def active_sets(self) -> tuple[int, int] | None:
@@ -264,29 +313,27 @@ class MaskedModule(nn.Module):
     def _masked_parameter(
         self, name: str, set: int, sample: int, seed: Tensor | None, mode: str
     ) -> Tensor:
-        """A parameter under the mask of one group, as a tensor; no seed: the threshold mask."""
+        """A parameter under the mask of one group, as a tensor."""
         logits = self._logits(name)
         assert logits is not None
         n_of_m = self.n_of_m(name)
-        check_hard(n_of_m, mode != "soft")
-        if seed is None or n_of_m is not None:
+        rule = self._rule(mode)
+        rule["seed"] = seed if seed is None or seed.dim() == 0 else seed[set]
+        check_hard(n_of_m, rule["hard"], self._estimator)
+        if n_of_m is not None:
             mask = mask_of_sample(
                 logits[set],
-                seed=seed if seed is None or seed.dim() == 0 else seed[set],
                 sample=self.sample_offset + sample,
                 tensor_id=self.tensor_ids[name],
-                tau=self.tau,
                 n_of_m=n_of_m,
+                **rule,
             )
         else:
             mask = ops.sample_mask(
                 logits[set],
-                seed=seed if seed.dim() == 0 else seed[set],
-                samples=1,
                 sample_offset=self.sample_offset + sample,
                 tensor_id=self.tensor_ids[name],
-                tau=self.tau,
-                hard=mode != "soft",
+                **rule,
             )[0]
         parameter = self._parameter(name)
         return times_blocks(parameter, mask.to(parameter.dtype))
@@ -313,6 +360,10 @@ class MaskedModule(nn.Module):
     def _mask_repr(self) -> str:
         """The sets, and the options that are not at their defaults."""
         shown = [f"sets={list(self.set_names)}", f"samples={self.samples}"]
+        if self._estimator != GUMBEL_SIGMOID:
+            shown.append(f"estimator={self._estimator}")
+        if self.antithetic:
+            shown.append("antithetic=True")
         if self.tau != 1.0:
             shown.append(f"tau={self.tau}")
         if self.granularity != "weight":
@@ -377,14 +428,11 @@ class MaskedWeightAndBias(MaskedModule):
 
     def _draw(self) -> dict[str, Any]:
         """The arguments of an operation that say which masks it draws."""
-        mode = self.effective_mode
         return {
-            "seed": None if mode == "threshold" else self._seed(),
             "tensor_id": self.tensor_id,
             "bias_tensor_id": self.bias_tensor_id,
             "sample_offset": self.sample_offset,
             "samples": self.samples,
-            "tau": self.tau,
-            "hard": mode != "soft",
             "n_of_m": n_of_m(self.granularity, 2),
+            **self._rule(self.effective_mode),
         }

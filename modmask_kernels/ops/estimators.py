@@ -7,7 +7,8 @@ Operations and layers take `estimator` as one of these, or as a name for its pub
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Estimator(NamedTuple):
@@ -149,6 +150,30 @@ def resolve(estimator: str | Estimator) -> Estimator:
         )
     name = estimator.name if isinstance(estimator, Estimator) else estimator
     raise ValueError(f"estimator: expected one of {list(NAMES)}, got {name!r}")
+
+
+def of_settings(settings: Mapping[str, Any]) -> Estimator:
+    """The estimator that settings of `mask_model` describe, as mask files hold them.
+
+    Raises:
+        ValueError: for settings that describe none.
+    """
+    chosen = resolve(settings.get("estimator", "gumbel_sigmoid"))
+    options = settings.get("estimator_options", {})
+    if not isinstance(options, Mapping) or not all(
+        isinstance(value, (int, float)) and math.isfinite(value) for value in options.values()
+    ):
+        raise ValueError(f"estimator_options: expected numbers by name, got {str(options)[:80]}")
+    numbers: dict[str, Any] = {
+        _FIELDS.get(str(name), str(name)): float(value) for name, value in options.items()
+    }
+    if not numbers.keys() <= set(Estimator._fields[1:]):
+        raise ValueError(f"estimator_options: unknown names among {list(options)[:8]}")
+    return chosen._replace(**numbers)
+
+
+# the names of `Estimator.describe` that are not those of its fields
+_FIELDS = {"value": "low", "inclusive": "high", "fraction": "low"}
 
 
 def kept_count(fraction: float, count: int) -> int:
