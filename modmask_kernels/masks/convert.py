@@ -323,6 +323,7 @@ def mask_model(
     tau: float | None = None,
     init: float = 2.0,
     antithetic: bool = False,
+    eval_mode: Mode | None = None,
     eval_tau: float | None = None,
     inclusive: bool = False,
     granularity: Granularity | Callable[[str, nn.Module], Granularity] = "weight",
@@ -350,7 +351,7 @@ def mask_model(
         bias: whether biases are masked as well.
         tau, init: temperature (None: 2/3 for hard_concrete, else 1), and initial value of the
             logits.
-        antithetic, eval_tau, inclusive: see `nn.MaskedModule`.
+        antithetic, eval_mode, eval_tau, inclusive: see `nn.MaskedModule`.
         granularity: what one logit covers, "weight", "row" or others (see `Granularity` and
             docs/granularity.md), or ``granularity(name, module)`` that says it for each layer.
         batch_dim: dimension of the batch in the inputs of the layers (1 for time-major models).
@@ -372,6 +373,7 @@ def mask_model(
     outer, model = model, unwrapped(model)
     names = name_sets(sets)
     rule = resolve(estimator)
+    check_mode(eval_mode)
     tau = rule.default_tau if tau is None else tau
     masked = find_masked_layers(model)
     if masked:
@@ -419,7 +421,8 @@ def mask_model(
             layer._put_logits(leaf, shared)
         layer.batch_dim = batch_dim
         layer.estimator = rule
-        layer.antithetic, layer.eval_tau, layer.inclusive = antithetic, eval_tau, inclusive
+        layer.antithetic, layer.inclusive = antithetic, inclusive
+        layer.eval_mode, layer.eval_tau = eval_mode, eval_tau
         share_hooks(module, layer)
         replacement[id(module)] = layer
     for parameter in weights:

@@ -72,6 +72,7 @@ class MaskedModule(nn.Module):
             "noiseless" for the estimator hard_concrete, as published.
         estimator: how masks follow from logits and noise, a name or one of `ops.estimators`.
         antithetic: whether samples 2j and 2j + 1 use the same uniform numbers, mirrored.
+        eval_mode: the mode outside training; None is "threshold", or "noiseless" for hard_concrete.
         eval_tau: temperature of the mode "noiseless"; None is 1 for hard_concrete, else `tau`.
         inclusive: whether the mode "threshold" keeps a logit of exactly 0 too, a convention of one
             published package. Mask sets and plain layers are made without it.
@@ -91,6 +92,7 @@ class MaskedModule(nn.Module):
     set_names: tuple[str, ...]
     tensor_ids: dict[str, int]
     antithetic: bool = False
+    eval_mode: Mode | None = None
     eval_tau: float | None = None
     inclusive: bool = False
     _estimator: Estimator = GUMBEL_SIGMOID
@@ -233,6 +235,8 @@ class MaskedModule(nn.Module):
             return self._mode
         if self.training:
             return "sample"
+        if self.eval_mode is not None:
+            return self.eval_mode
         return "noiseless" if self._estimator.name == "hard_concrete" else "threshold"
 
     @property

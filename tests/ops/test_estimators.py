@@ -11,6 +11,7 @@ from modmask_kernels.ops import estimators
 from modmask_kernels.ops._masked_product import positional
 from modmask_kernels.ops.masked_conv import reference as conv_reference
 from modmask_kernels.ops.masked_linear import reference as linear_reference
+from modmask_kernels.ops.masked_matmul import reference as matmul_reference
 from modmask_kernels.ops.sample_mask import reference
 
 needs_kernels = pytest.mark.skipif(not _native.available(), reason="tests the compiled kernels")
@@ -418,3 +419,40 @@ def test_n_of_m_is_for_the_default_estimator():
             n_of_m=(2, 4),
             estimator="top_k",
         )
+
+
+@needs_kernels
+@each_estimator
+@pytest.mark.parametrize("seed", ["none", "per set"])
+def test_transposed_products(name, seed, capability):
+    options = {
+        "seed": SEEDS[seed],
+        "samples": 2,
+        "tensor_id": 3,
+        "tau": 2 / 3,
+        "hard": name != "hard_concrete",
+        "estimator": ESTIMATORS[name],
+        "antithetic": True,
+    }
+    tensors = (
+        normal(8, 17),
+        normal(17, 9, seed=1) / 4,
+        in_quarters(2, 17, 9),
+        normal(9, seed=2),
+        in_quarters(2, 9),
+    )
+    check_product(
+        ops.masked_matmul,
+        lambda *operands, **rest: matmul_reference.masked_matmul(
+            *operands, bias_tensor_id=4, sample_offset=0, element_offset=0, **rest
+        ),
+        dict(zip(OPERANDS, tensors, strict=True)),
+        torch.float32,
+        **options,
+    )
+    x, weight, logits = normal(8, 4, 3, 5), normal(4, 6, 3, 3, seed=1), in_quarters(2, 4, 6, 3, 3)
+    y = ops.masked_conv_transpose2d(x, weight, logits, stride=2, **options)
+    exact = ops.masked_conv_transpose2d(
+        x.double(), weight.double(), logits.double(), stride=2, **options
+    )
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)

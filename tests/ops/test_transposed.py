@@ -11,6 +11,7 @@ from tolerance import check_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modmask_kernels import _native, ops
+from modmask_kernels.ops.estimators import arguments as arguments_of
 from modmask_kernels.ops.masked_conv_transpose import reference as conv_reference
 from modmask_kernels.ops.masked_matmul import reference as matmul_reference
 
@@ -298,7 +299,7 @@ def test_threads_change_nothing(name, capability, threads):
 def test_opcheck(name):
     tensors, options = CASES[name]()
     _, operation, extra = FUNCTIONS[name]
-    draw = (3, 4, 0, 0, 2, 1.0, True)
+    draw = (3, 4, 0, 0, 2, 1.0, True, *arguments_of("gumbel_sigmoid", False))
     arguments = [tensors[n].requires_grad_() for n in NAMES]
     torch.library.opcheck(
         getattr(torch.ops.modmask, operation).default,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import _check
 from .._convolution import numbers
-from .._masked_product import check_batch, check_parameters, lowered, number_of_bias, positional
+from .._masked_product import check_batch, check_parameters, draw_arguments, lowered, positional
 from .._transposed import TransposedProduct
+from ..estimators import Estimator
 from ..masked_conv import product as plain
 from . import reference
 
@@ -83,10 +84,22 @@ def _masked_conv_transpose(
     samples: int,
     tau: float,
     hard: bool,
+    estimator: str | Estimator,
+    antithetic: bool,
 ) -> Tensor:
     _check.check_tensors(x=x, weight=weight, logits=logits)
     x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
-    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    draw = draw_arguments(
+        tensor_id,
+        bias_tensor_id,
+        sample_offset,
+        element_offset,
+        samples,
+        tau,
+        hard,
+        estimator,
+        antithetic,
+    )
     unbatched = x.dim() == 1 + dims
     if unbatched:
         x = x.unsqueeze(0)
@@ -129,15 +142,6 @@ def _masked_conv_transpose(
         around += [p, p + n * s - a]
     if min(_sizes(x, weight, stride, around, dilation)) < 1:
         raise ValueError(f"padding {padding!r} leaves no output of x {_check.shape_of(x)}")
-    draw = (
-        tensor_id,
-        number_of_bias(tensor_id, bias_tensor_id),
-        sample_offset,
-        element_offset,
-        samples,
-        tau,
-        hard,
-    )
     operands = (x, weight, logits, bias, bias_logits, seed)
     small = logits.shape[-4:] != weight.shape
     y = (_product.reference if small else _product)(
@@ -168,6 +172,8 @@ def masked_conv_transpose2d(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     r"""Transposed 2d convolution whose weight is masked anew for every group of the batch.
 
@@ -183,8 +189,8 @@ def masked_conv_transpose2d(
         bias: `[out]`. bias_logits: `[out]` or `[sets, out]`.
         stride, padding, output_padding, groups, dilation: as in
             `torch.nn.functional.conv_transpose2d`.
-        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard: as in
-            `masked_linear`.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
+            estimator, antithetic: as in `masked_linear`.
 
     Returns:
         `[batch, out, height, width]`, dtype of `x`.
@@ -225,6 +231,8 @@ def masked_conv_transpose2d(
         samples,
         tau,
         hard,
+        estimator,
+        antithetic,
     )
 
 
@@ -248,6 +256,8 @@ def masked_conv_transpose1d(
     samples: int = 1,
     tau: float = 1.0,
     hard: bool = True,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     """`masked_conv_transpose2d` in one dimension.
 
@@ -256,8 +266,8 @@ def masked_conv_transpose1d(
         logits, bias, bias_logits: as in `masked_conv_transpose2d`.
         stride, padding, output_padding, groups, dilation: as in
             `torch.nn.functional.conv_transpose1d`.
-        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard: as in
-            `masked_linear`.
+        seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
+            estimator, antithetic: as in `masked_linear`.
 
     Returns:
         `[batch, out, length]`, dtype of `x`.
@@ -290,4 +300,6 @@ def masked_conv_transpose1d(
         samples,
         tau,
         hard,
+        estimator,
+        antithetic,
     )

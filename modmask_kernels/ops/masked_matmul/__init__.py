@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import _check
-from .._masked_product import check_batch, check_parameters, lowered, number_of_bias, positional
+from .._masked_product import check_batch, check_parameters, draw_arguments, lowered, positional
 from .._transposed import TransposedProduct
+from ..estimators import Estimator
 from ..masked_linear import product as plain
 from . import reference
 
@@ -46,6 +47,8 @@ def masked_matmul(
     tau: float = 1.0,
     hard: bool = True,
     batch_dim: int = 0,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> Tensor:
     r"""`masked_linear` for a weight `[in, out]`, the layout of Hugging Face's `Conv1D`.
 
@@ -59,7 +62,7 @@ def masked_matmul(
             in `masked_linear`, then the reference serves.
         bias: `[out]`. bias_logits: `[out]` or `[sets, out]`.
         seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
-            batch_dim: as in `masked_linear`.
+            batch_dim, estimator, antithetic: as in `masked_linear`.
 
     Returns:
         `[..., out]`, dtype of `x`.
@@ -80,7 +83,17 @@ def masked_matmul(
         return torch.cat(y, dim=batch_dim)
     """
     _check.check_tensors(x=x, weight=weight, logits=logits)
-    _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    draw = draw_arguments(
+        tensor_id,
+        bias_tensor_id,
+        sample_offset,
+        element_offset,
+        samples,
+        tau,
+        hard,
+        estimator,
+        antithetic,
+    )
     x, weight, bias = lowered(x, weight, bias)  # type: ignore[assignment]
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [in, out], not {_check.shape_of(weight)}")
@@ -97,15 +110,6 @@ def masked_matmul(
     sets = check_parameters(x, weight, logits, bias, bias_logits, seed, outputs=weight.shape[1])
     check_batch(x, batch_dim, sets, 1 if seed is None else samples)
     x = x.movedim(batch_dim, 0)
-    draw = (
-        tensor_id,
-        number_of_bias(tensor_id, bias_tensor_id),
-        sample_offset,
-        element_offset,
-        samples,
-        tau,
-        hard,
-    )
     small = logits.shape[-2:] != weight.shape
     y = (_product.reference if small else _product)(
         x, weight, logits, bias, bias_logits, seed, *draw
