@@ -63,13 +63,14 @@ class _MaskedRecurrent(MaskedModule):
 
     def _draw_of(self, names: Sequence[str], seed: Tensor | None) -> dict[str, Any]:
         """The arguments of the operation that say which masks it draws; `names`: parameters."""
+        rule = self._rule(self.effective_mode)
         return {
             "seed": seed,
             "tensor_ids": [self.tensor_ids.get(name, 0) for name in names],
             "sample_offset": self.sample_offset,
             "samples": self.samples,
-            "tau": self.tau,
-            "hard": self.effective_mode != "soft",
+            "tau": rule["tau"],
+            "hard": rule["hard"],
         }
 
     def _apply_operation(
@@ -115,7 +116,8 @@ class _MaskedRecurrent(MaskedModule):
     @property
     def fused(self) -> bool:
         """Whether the fused operation serves this layer; else each group runs the plain one."""
-        return self.granularity == "weight"
+        usual = self.estimator.name == "gumbel_sigmoid" and not (self.antithetic or self.inclusive)
+        return usual and self.granularity == "weight"
 
 
 class _MaskedRNNLayer(_MaskedRecurrent):
@@ -196,7 +198,7 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         """All layers; x [steps, batch, input_size], lengths on the CPU."""
         self._check_input(x, hx)
         mode = self.effective_mode
-        seed = None if mode in ("threshold", "off") else self._seed()
+        seed = None if mode == "off" else self._rule(mode)["seed"]
         if mode != "off" and self.fused:
             return self._run_fused(x, hx, lengths, seed)
         plain = self.dense_shell().train(self.training)
@@ -618,7 +620,7 @@ class _MaskedCell(_MaskedRecurrent):
                     f"hx: expected shape {[x.shape[0], self.hidden_size]}, got {list(h.shape)}"
                 )
         mode = self.effective_mode
-        seed = None if mode in ("threshold", "off") else self._seed()
+        seed = None if mode == "off" else self._rule(mode)["seed"]
         if mode != "off" and self.fused:
             _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, seed)
             return last

@@ -220,3 +220,37 @@ def test_compile(name):
     x = torch.randn(8, 8)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+@each_estimator
+@pytest.mark.parametrize("mode", ["sample", "soft", "threshold", "noiseless"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.MultiheadAttention])
+def test_layers_without_kernels_for_it_take_the_general_path(name, mode, kind):
+    torch.manual_seed(0)
+    plain = kind(8, 8) if kind is not nn.MultiheadAttention else kind(8, 2)
+    layer = mm.mask_model(plain, samples=2, estimator=ESTIMATORS[name])
+    layer.mode, layer.seed = mode, torch.tensor([4])
+    with torch.no_grad():
+        for leaf in layer.masked:
+            layer.logits_of(leaf).normal_()
+    x = torch.randn(3, 4, 8)
+    call = (lambda m, x: m(x, x, x)[0]) if kind is nn.MultiheadAttention else lambda m, x: m(x)[0]
+    rule = layer._rule(mode)
+    groups = 2 if rule["seed"] is not None else 1
+    parts = []
+    for g, part in enumerate(x.chunk(groups, dim=1)):
+        values = {}
+        for leaf, parameter in plain.named_parameters():
+            values[leaf] = parameter
+            if leaf in layer.masked:
+                mask = ops.sample_mask(
+                    layer.logits_of(leaf)[0],
+                    tensor_id=layer.tensor_ids[leaf],
+                    sample_offset=g,
+                    **{**rule, "seed": None if rule["seed"] is None else rule["seed"][0]},
+                )[0]
+                values[leaf] = parameter * mask
+        with torch.no_grad():
+            parts.append(call(lambda *a, v=values: torch.func.functional_call(plain, v, a), part))
+    with torch.no_grad():
+        torch.testing.assert_close(call(layer, x), torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
