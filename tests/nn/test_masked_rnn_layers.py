@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -346,3 +347,27 @@ def test_bad_input():
         mm.MaskedLSTM.from_dense(nn.GRU(5, 7))
     with pytest.raises(TypeError, match=r"module: expected a torch\.nn\.GRUCell, got Linear"):
         mm.MaskedGRUCell.from_dense(nn.Linear(5, 7))
+
+
+@each_kind
+def test_checkpointing_over_two_layers_changes_nothing(kind):
+    layers = [LAYERS[kind][0](5, 5, samples=2) for _ in range(2)]
+    for layer in layers:
+        layer.seed = torch.tensor([3])
+    x = torch.randn(3, 4, 5)
+
+    def run(x):
+        for layer in layers:
+            x = flat(layer(x))[0].tanh()
+        return x
+
+    leaves = [layer.logits_of(name) for layer in layers for name in layer.masked]
+    expected = torch.autograd.grad(run(x).sum(), leaves)
+    for use_reentrant in (False, True):
+        given = x.clone().requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(run, given, use_reentrant=use_reentrant)
+        for leaf in leaves:
+            leaf.grad = None
+        y.sum().backward()
+        for leaf, grad in zip(leaves, expected, strict=True):
+            assert torch.equal(leaf.grad, grad)
