@@ -292,6 +292,33 @@ def _top_k_table(rows: Sequence[Row]) -> Table:
     )
 
 
+def _antithetic_table(rows: Sequence[Row]) -> Table:
+    def worth(row: Row, name: str) -> str:
+        return f"{row['worth'][name]['mean']:.2f} (std {row['worth'][name]['std']:.2f})"
+
+    return Table(
+        caption="Plain mask samples with the gradient variance of one antithetic pair (u, 1 - u)",
+        header=[
+            "steps learned, rows per sample",
+            "rows of the two samples",
+            "antithetic pair",
+            "two plain samples",
+        ],
+        rows=[
+            [
+                f"{row['learned']}, {row['rows']}",
+                "the same" if row["same_rows"] else "each its own",
+                worth(row, "antithetic"),
+                worth(row, "plain"),
+            ]
+            for row in rows
+        ],
+        note="Total variance of the gradient of all logits of a trained add/mul network, mask for "
+        "add; mean and standard deviation of repetitions with other seeds. Two plain samples are "
+        "worth 2 but for chance, which shows the accuracy. In learning each sample sees its own rows.",
+    )
+
+
 _TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
     "linear": (_linear_table, _faster_table, _floor_table),
     "memory": (_memory_table,),
@@ -299,6 +326,7 @@ _TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
     "conv": (_conv_table,),
     "lstm": (_lstm_table,),
     "top_k": (_top_k_table,),
+    "antithetic": (_antithetic_table,),
 }
 
 

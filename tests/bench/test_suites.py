@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from modmask_kernels import bench, cli, ops
-from modmask_kernels.bench import baselines, conv, linear, lstm, memory, step, tables, top_k
+from modmask_kernels.bench import (
+    antithetic,
+    baselines,
+    conv,
+    linear,
+    lstm,
+    memory,
+    step,
+    tables,
+    top_k,
+)
 from modmask_kernels.bench import cli as bench_cli
 from modmask_kernels.bench.figure import figure_of
 from modmask_kernels.bench.verify import GateError
@@ -95,6 +105,15 @@ def memory_rows() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def antithetic_rows() -> list[dict[str, Any]]:
+    small = {"draws": 40, "hidden": 16, "training": 20}
+    return [
+        antithetic.run_case(antithetic.AntitheticCase(3, 8, same_rows, **small))
+        for same_rows in (True, False)
+    ]
+
+
 @pytest.fixture
 def results(
     linear_rows: list[Any],
@@ -103,6 +122,7 @@ def results(
     conv_rows: list[Any],
     lstm_rows: list[Any],
     top_k_rows: list[Any],
+    antithetic_rows: list[Any],
 ) -> dict[str, Any]:
     from modmask_kernels.bench.machine import describe
 
@@ -115,6 +135,7 @@ def results(
         "conv": conv_rows,
         "lstm": lstm_rows,
         "top_k": top_k_rows,
+        "antithetic": antithetic_rows,
     }
 
 
@@ -186,6 +207,18 @@ class TestLSTM:
         wanted = [(c.units, c.samples, c.target) for c in lstm.cases() if c.target is not None]
         assert wanted == [(256, 1, 1.1), (256, 4, 1.3), (64, 1, 1.2), (64, 4, 1.5)]
         assert lstm.cases(quick=True) == [c for c in lstm.cases() if c.target == 1.5]
+
+
+class TestAntithetic:
+    def test_two_plain_samples_are_worth_two(self, antithetic_rows: list[dict[str, Any]]) -> None:
+        for row in antithetic_rows:
+            assert row["worth"]["plain"]["mean"] == pytest.approx(2.0, rel=0.3)
+            assert row["worth"]["antithetic"]["mean"] > 1.0
+
+    def test_rows(self) -> None:
+        rows = antithetic.cases()
+        assert len(rows) == len(set(rows)) == 8
+        assert antithetic.cases(quick=True) == rows[:1]
 
 
 class TestTopK:
@@ -327,8 +360,8 @@ class TestOutput:
         for suite in bench_cli.SUITES:
             alone = {key: results[key] for key in ("settings", "machine", suite)}
             assert tables.tables(alone)
-            # one row of two numbers needs no figure
-            assert (figure_of(alone) is None) == (suite == "top_k")
+            # a few numbers need no figure
+            assert (figure_of(alone) is None) == (suite in ("top_k", "antithetic"))
         assert figure_of({}) is None
 
     def test_files(self, results: dict[str, Any], tmp_path: Path) -> None:
