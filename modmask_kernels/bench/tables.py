@@ -315,7 +315,7 @@ def _antithetic_table(rows: Sequence[Row]) -> Table:
         ],
         note="Total variance of the gradient of all logits of a trained add/mul network, mask for "
         "add; mean and standard deviation of repetitions with other seeds. Two plain samples are "
-        "worth 2 but for chance, which shows the accuracy. In learning each sample sees its own rows.",
+        "worth 2 but for chance: the accuracy. In learning each sample sees rows of its own.",
     )
 
 
