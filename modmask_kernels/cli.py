@@ -6,6 +6,7 @@ Standard library only, so that `modmask info` works wherever the package can be 
 from __future__ import annotations
 
 import argparse
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="also write a small summary for documentation: README.md, metrics.json, key figures",
     )
+
+    _add_masks(commands)
 
     # parses its own arguments, help included
     commands.add_parser(
@@ -180,6 +183,28 @@ def _add_test(commands: Any) -> None:
     add("stability", "learn every mask again with other data order and noise, and compare")
 
 
+def _add_masks(commands: Any) -> None:
+    masks = commands.add_parser(
+        "masks",
+        help="count the weights that a mask file keeps, or combine two files",
+        description="Count the weights that a mask file (written by MaskSet.save) keeps, or "
+        "combine it with a second mask file of the same network, weight by weight.",
+        epilog="For instance: modmask masks add.safetensors --minus mul.safetensors "
+        "--out only-add.safetensors",
+    )
+    masks.add_argument("first", type=Path, metavar="FILE", help="mask file")
+    which = masks.add_mutually_exclusive_group()
+    for name, text in (
+        ("and", "the weights that both keep"),
+        ("or", "the weights that one of them keeps, or both"),
+        ("minus", "the weights that FILE keeps and OTHER does not"),
+    ):
+        which.add_argument(f"--{name}", type=Path, metavar="OTHER", help=text)
+    masks.add_argument(
+        "--out", type=Path, metavar="RESULT", help="write the result here; replaces the file"
+    )
+
+
 def _list() -> None:
     from .experiments import EXPERIMENTS
 
@@ -259,6 +284,30 @@ def _report(arguments: argparse.Namespace) -> None:
         print(run.write_summary(arguments.summary))
 
 
+def _masks(arguments: argparse.Namespace) -> None:
+    from . import MaskSet
+
+    result = MaskSet.load(arguments.first)
+    operations: dict[str, Callable[[MaskSet, MaskSet], MaskSet]] = {
+        "and": operator.and_,
+        "or": operator.or_,
+        "minus": operator.sub,
+    }
+    given = [name for name in operations if getattr(arguments, name) is not None]
+    if arguments.out is not None and not given:
+        raise ValueError("--out needs one of --and, --or, --minus")
+    for name in given:
+        result = operations[name](result, MaskSet.load(getattr(arguments, name)))
+    rows = [(name, *counts) for name, counts in result.counts().items()]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    width = max(len(name) for name, *_ in rows)
+    for name, kept, total in rows:
+        print(f"{name:{width}}  {kept} of {total} kept ({kept / max(total, 1):.1%})")
+    if arguments.out is not None:
+        result.save(arguments.out)
+        print(arguments.out)
+
+
 def _open(path: Path) -> Run:
     from .experiments import Run
 
@@ -291,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": _run,
         "test": _test,
         "report": _report,
+        "masks": _masks,
         "info": lambda _: _info(),
     }
     try:
