@@ -118,8 +118,40 @@ class NaiveMaskedLinear(nn.Module):
         self.weight_logits = nn.Parameter(torch.full_like(linear.weight, init))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, in]` to `[batch, out]`, under fresh masks."""
-        return naive_masked_linear(x, self.weight, self.weight_logits, self.bias, self.samples)
+        """`[batch, ..., in]` to `[batch, ..., out]`, under fresh masks."""
+        y = naive_masked_linear(
+            x.flatten(0, -2), self.weight, self.weight_logits, self.bias, self.samples
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+class NaiveMaskedConv2d(nn.Module):
+    """An `nn.Conv2d` with frozen weight and bias under `naive_masked_conv2d`.
+
+    Args:
+        conv: the layer to mask, square strides and zero padding; its parameters are shared.
+        samples: number of masks per batch.
+        init: first value of every logit.
+    """
+
+    def __init__(self, conv: nn.Conv2d, samples: int, init: float = 2.0) -> None:
+        super().__init__()
+        self.conv, self.samples = conv, samples
+        self.weight_logits = nn.Parameter(torch.full_like(conv.weight, init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, in, height, width]` to `[batch, out, ...]`, under fresh masks."""
+        conv = self.conv
+        return naive_masked_conv2d(
+            x,
+            conv.weight,
+            self.weight_logits,
+            conv.bias,
+            self.samples,
+            stride=conv.stride[0],
+            padding=int(conv.padding[0]),
+            groups=conv.groups,
+        )
 
 
 class NaiveMaskedLSTM(nn.Module):
@@ -165,7 +197,7 @@ class NaiveMaskedLSTM(nn.Module):
 
 
 def naive_masked_model(model: nn.Module, samples: int) -> nn.Module:
-    """A frozen copy of `model` in which each `nn.Linear` is a `NaiveMaskedLinear`."""
+    """A frozen copy of `model` with naive masks over each `nn.Linear` and `nn.Conv2d`."""
     masked = copy.deepcopy(model)
     for parameter in masked.parameters():
         parameter.requires_grad_(False)
@@ -173,6 +205,8 @@ def naive_masked_model(model: nn.Module, samples: int) -> nn.Module:
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, NaiveMaskedLinear(child, samples))
+            elif type(child) is nn.Conv2d:
+                setattr(module, name, NaiveMaskedConv2d(child, samples))
     return masked
 
 

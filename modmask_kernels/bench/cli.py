@@ -13,7 +13,7 @@ import torch
 
 from .. import _native, report
 from ..files import read_json, write_json, write_text
-from . import antithetic, conv, linear, lstm, machine, memory, step, tables, top_k
+from . import antithetic, conv, linear, lstm, machine, memory, network, step, tables, top_k
 from .figure import figure_of
 from .verify import GateError
 
@@ -23,6 +23,7 @@ SUITES: dict[str, Callable[..., list[Any]]] = {
     "step": step.run,
     "conv": conv.run,
     "lstm": lstm.run,
+    "network": network.run,
     "top_k": top_k.run,
     "antithetic": antithetic.run,
 }
@@ -45,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         choices=(*SUITES, "all"),
         default="all",
         help="linear: the linear layer; memory: its peak extra memory; step: a learning step; "
-        "conv: the convolution; lstm: the LSTM; top_k: the k largest of many scores; "
+        "conv: the convolution; lstm: the LSTM; "
+        "network: a learning step of large networks; top_k: the k largest of many scores; "
         "antithetic: what a pair of antithetic samples is worth [all]",
     )
     out.add_argument("--quick", action="store_true", help="few rows and rounds, a few minutes")

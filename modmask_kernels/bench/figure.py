@@ -55,6 +55,11 @@ def _time_panel(results: Results) -> _Panel | None:
         naive = row["naive_ratio_to_plain"]["value"]
         points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
         targets.append(row["target"])
+    for row in results.get("network", []):
+        labels.append(f"learning step, {row['network']}, {row['samples']}")
+        naive = row["naive_ratio_to_plain"]["value"]
+        points.append({"fused": row["ratio_to_plain"]["value"], "naive": naive})
+        targets.append(row["target"])
     return (_TITLE, labels, points, targets) if labels else None
 
 

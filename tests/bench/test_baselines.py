@@ -87,6 +87,17 @@ def test_neurosurgeon_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
         baselines.neurosurgeon_linear(torch.zeros(2, 3), None)
 
 
+@pytest.mark.parametrize("samples", [1, 4])
+def test_naive_layers_under_masks_of_ones_are_the_plain_ones(samples: int) -> None:
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(3, 5), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    x, images = torch.randn(8, 7, 3), torch.randn(8, 4, 9, 9)
+    naive_linear = baselines.NaiveMaskedLinear(linear, samples, init=1000.0)
+    naive_conv = baselines.NaiveMaskedConv2d(conv, samples, init=1000.0)
+    torch.testing.assert_close(naive_linear(x), linear(x))
+    torch.testing.assert_close(naive_conv(images), conv(images))
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_naive_masked_lstm_cuts_the_batch_into_parts(
     samples: int, monkeypatch: pytest.MonkeyPatch

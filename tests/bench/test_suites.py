@@ -20,6 +20,7 @@ from modmask_kernels.bench import (
     linear,
     lstm,
     memory,
+    network,
     step,
     tables,
     top_k,
@@ -106,6 +107,18 @@ def memory_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def network_rows() -> list[dict[str, Any]]:
+    small = [
+        network.NetworkCase("resnet18", 16, 4, 2),
+        network.NetworkCase("decoder", 16, 4, 4, context=8),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        # fresh processes take seconds each
+        patch.setattr(network, "extra_memory", lambda *_: 1000)
+        return [network.run_case(case, rounds=1) for case in small]
+
+
+@pytest.fixture(scope="module")
 def antithetic_rows() -> list[dict[str, Any]]:
     small = {"draws": 40, "hidden": 16, "training": 20}
     return [
@@ -121,6 +134,7 @@ def results(
     memory_rows: list[Any],
     conv_rows: list[Any],
     lstm_rows: list[Any],
+    network_rows: list[Any],
     top_k_rows: list[Any],
     antithetic_rows: list[Any],
 ) -> dict[str, Any]:
@@ -134,6 +148,7 @@ def results(
         "step": step_rows,
         "conv": conv_rows,
         "lstm": lstm_rows,
+        "network": network_rows,
         "top_k": top_k_rows,
         "antithetic": antithetic_rows,
     }
@@ -219,6 +234,24 @@ class TestAntithetic:
         rows = antithetic.cases()
         assert len(rows) == len(set(rows)) == 8
         assert antithetic.cases(quick=True) == rows[:1]
+
+
+class TestNetwork:
+    def test_time_and_memory_of_every_candidate(self, network_rows: list[dict[str, Any]]) -> None:
+        for row in network_rows:
+            assert set(row["seconds"]) == set(row["extra_bytes"]) == {"plain", "fused", "naive"}
+            assert row["extra_bytes"]["fused"] > row["extra_bytes"]["plain"] == 1000
+        assert [row["target"] for row in network_rows] == [None, network.TARGET]
+
+    def test_memory_of_a_fresh_process(self) -> None:
+        case = network.NetworkCase("decoder", 64, 8, 4, context=16)
+        weights = sum(p.numel() * 4 for p in network.build(case).parameters())
+        assert network.extra_memory("fused", case, 1) > weights  # at least the gradient and Adam
+
+    def test_what_is_wrong_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(network, "_ALWAYS", -1000.0)
+        with pytest.raises(GateError, match="decoder: masks of ones"):
+            network.check(network.NetworkCase("decoder", 16, 4, 4, context=8))
 
 
 class TestTopK:
