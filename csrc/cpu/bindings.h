@@ -193,6 +193,68 @@ class CutStore {
   Cuts of_tensor_[kMost];
 };
 
+// Which weights each logit covers, by the shapes of both and by (n, m), which may be empty. Keeps
+// what `layout` points into.
+class Layout {
+ public:
+  // `sets` comes out as the number of sets.
+  Layout(
+      const Tensor& weight,
+      const Tensor& logits,
+      const std::vector<int64_t>& n_of_m,
+      const EstimatorArguments& estimator,
+      int64_t& sets) {
+    const int64_t dims = weight.dim(), extra = logits.dim() - dims;
+    STD_TORCH_CHECK(
+        extra == 0 || (extra == 1 && logits.size(0) > 0),
+        "logits must have the dimensions of weight, or sets before them");
+    sets = extra == 1 ? logits.size(0) : 1;
+    std::vector<int64_t> small(dims);
+    bool same = true;
+    int64_t row = 1;
+    for (int64_t d = 0; d < dims; ++d) {
+      const int64_t size = weight.size(d);
+      small[d] = logits.size(d + extra);
+      STD_TORCH_CHECK(
+          small[d] == size || (small[d] > 0 && size % small[d] == 0),
+          "logits must have the shape of weight, or divide it in every dimension");
+      same = same && small[d] == size;
+      row *= d > 0 ? size : 1;
+    }
+    if (!n_of_m.empty()) {
+      const int64_t n = n_of_m[0], m = n_of_m.size() == 2 ? n_of_m[1] : 0;
+      STD_TORCH_CHECK(
+          same && 0 < n && n <= m && weight.size(1) % m == 0,
+          "n_of_m must be n and m, where m divides the inputs of weight, with logits like weight");
+      STD_TORCH_CHECK(
+          estimator.code == static_cast<int64_t>(Estimator::kGumbelSigmoid),
+          "n_of_m needs the estimator gumbel_sigmoid");
+      layout.keep = n;
+      layout.among = m;
+      layout.stride = weight.size(1) > 0 ? row / weight.size(1) : 1;
+    }
+    if (same || weight.numel() == 0) {
+      return;
+    }
+    columns_.resize(row);
+    layout.rows = weight.size(0) / small[0];
+    layout.width = 1;
+    for (int64_t d = dims - 1, step = 1; d > 0; step *= weight.size(d--)) {
+      const int64_t size = weight.size(d), block = size / small[d];
+      for (int64_t i = 0; i < row; ++i) {
+        columns_[i] += static_cast<int32_t>(i / step % size / block * layout.width);
+      }
+      layout.width *= small[d];
+    }
+    layout.columns = columns_.data();
+  }
+
+  LogitLayout layout{};
+
+ private:
+  std::vector<int32_t> columns_;
+};
+
 // The results of a backward operation; those that nobody needs are empty.
 class GradientTensors {
  public:
@@ -211,7 +273,12 @@ class GradientTensors {
         dweight_(like(weight, need_weight)),
         dlogits_(like(logits, need_logits)),
         dbias_(like(bias.value_or(weight), need_bias)),
-        dbias_logits_(like(bias_logits.value_or(logits), need_bias_logits)) {}
+        dbias_logits_(like(bias_logits.value_or(logits), need_bias_logits)),
+        no_weight_(weight.numel() == 0) {
+    if (no_weight_) {  // yet there may be logits
+      torch::stable::zero_(dlogits_);
+    }
+  }
 
   void zero() {
     for (Tensor* t : {&dx_, &dweight_, &dlogits_, &dbias_, &dbias_logits_}) {
@@ -225,7 +292,7 @@ class GradientTensors {
     d.dy = dy;
     d.dx = pointer(dx_);
     d.dweight = pointer(dweight_);
-    d.dlogits = static_cast<float*>(pointer(dlogits_));
+    d.dlogits = no_weight_ ? nullptr : static_cast<float*>(pointer(dlogits_));
     d.dbias = pointer(dbias_);
     d.dbias_logits = static_cast<float*>(pointer(dbias_logits_));
     return d;
@@ -242,6 +309,7 @@ class GradientTensors {
   }
 
   Tensor dx_, dweight_, dlogits_, dbias_, dbias_logits_;
+  bool no_weight_;
 };
 
 }  // namespace modmask

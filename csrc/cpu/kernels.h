@@ -29,6 +29,17 @@ struct Cuts {
   const Cut* of_set;
 };
 
+// Which weights a logit stands for, where it is not one of one weight by itself.
+struct LogitLayout {
+  int64_t rows;            // of the weight that share a row of logits; 0: one logit per weight
+  int64_t width;           // logits in a row
+  const int32_t* columns;  // the logit of each weight of a row
+  // The n largest of every m weights that lie `stride` apart are kept; m = 0: each by itself.
+  int64_t keep;
+  int64_t among;
+  int64_t stride;
+};
+
 // How the masks of one parameter are drawn. Group g = set * samples + sample.
 struct MaskSpec {
   const int64_t* seeds;  // [sets], or one seed with seed_stride 0, or null: threshold logit > 0
@@ -48,6 +59,7 @@ struct MaskSpec {
   bool antithetic;   // samples 2j and 2j + 1 share the noise of sample j, the second as 1 - u
   const Cuts* cuts;  // kTopK: of every parameter
   int64_t cut_count;
+  LogitLayout layout;
 };
 
 struct LinearProblem {

@@ -20,6 +20,7 @@
 #include "storage.h"
 #include "product.h"
 #include "mask_rows.h"
+#include "granular_rows.h"
 #include "masked_linear_kernels.h"
 #include "masked_conv_kernels.h"
 #include "select_kernels.h"

@@ -13,6 +13,8 @@ namespace {
 struct ConvArguments {
   Contiguous x, weight, logits, bias, bias_logits, seed;
   CutStore cuts;
+  int64_t sets;
+  Layout layout;
   ConvProblem problem;
 
   ConvArguments(
@@ -33,21 +35,19 @@ struct ConvArguments {
       int64_t samples,
       double tau,
       bool hard,
-      const EstimatorArguments& estimator)
+      const EstimatorArguments& estimator,
+      const std::vector<int64_t>& n_of_m)
       : x(x_),
         weight(weight_),
         logits(logits_),
         bias(bias_),
         bias_logits(bias_logits_),
-        seed(seed_) {
+        seed(seed_),
+        layout(weight_, logits_, n_of_m, estimator, sets) {
     check_float32(logits_, "logits");
     check_same_type(weight_, x_, "weight");
     problem = conv_geometry(x_, weight_, stride, padding, dilation, groups);
     const int64_t outputs = problem.outputs;
-    const int64_t sets = logits_.dim() == 5 ? logits_.size(0) : 1;
-    STD_TORCH_CHECK(
-        (logits_.dim() == 4 || logits_.dim() == 5) && logits_.numel() == sets * weight_.numel(),
-        "logits must have the shape of weight or [sets, *weight]");
     if (bias_.has_value()) {
       check_same_type(*bias_, x_, "bias");
       STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == outputs, "bias must be [out]");
@@ -62,6 +62,7 @@ struct ConvArguments {
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
     cuts.add(problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets);
     cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), outputs);
+    problem.mask.layout = layout.layout;
     const int64_t parts = sets * problem.mask.samples;
     STD_TORCH_CHECK(
         parts > 0 && x_.size(0) % parts == 0,
@@ -102,11 +103,12 @@ Tensor masked_conv(
     double low,
     double high,
     double clamp,
-    bool antithetic) {
+    bool antithetic,
+    std::vector<int64_t> n_of_m) {
   const ConvArguments a(
       x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
       bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
-      {estimator, low, high, clamp, antithetic});
+      {estimator, low, high, clamp, antithetic}, n_of_m);
   Tensor y = empty_like(x, conv_sizes(x, a.problem));
   if (!a.empty()) {
     active_kernels().conv_forward(a.problem, y.mutable_data_ptr(), torch_runner());
@@ -138,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
     double high,
     double clamp,
     bool antithetic,
+    std::vector<int64_t> n_of_m,
     bool need_x,
     bool need_weight,
     bool need_logits,
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
   const ConvArguments a(
       x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
       bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
-      {estimator, low, high, clamp, antithetic});
+      {estimator, low, high, clamp, antithetic}, n_of_m);
   check_same_type(dy, x, "dy");
   const Contiguous dy_data(dy);
   GradientTensors g(

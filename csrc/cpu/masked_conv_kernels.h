@@ -512,7 +512,8 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
     const int64_t o_count = rows.first(row_block + 1) - rows.first(row_block);
     const int64_t first_block = slice * pixels.count() / slices;
     const int64_t last_block = (slice + 1) * pixels.count() / slices;
-    const float* logits = p.logits + set * p.outputs * s.depth;
+    const float* logits = p.logits + set * logit_count(spec.layout, p.outputs, s.depth);
+    const float* each = has_blocks(spec.layout) ? nullptr : logits;  // one per weight
 
     thread_local Scratch scratch;
     const int64_t tile_size = rows.largest() * cut.step;
@@ -540,7 +541,7 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
           const int64_t depth = t_count * s.kernel;
           if (!cut.one_tile || (k == 0 && b0 == first_block)) {
             load_tile(
-                weight, logits, s.depth, o0, o_count, t0 * s.kernel, depth, cut.step, wide, exps);
+                weight, each, s.depth, o0, o_count, t0 * s.kernel, depth, cut.step, wide, exps);
           }
           if (!cut.one_tile || b0 == first_block) {
             mask_rows<kHard>(
@@ -676,6 +677,7 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
   const int64_t groups = spec.sets * spec.samples;
   const int64_t in_pixels = p.size[0] * p.size[1];
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
+  const bool blocks = has_blocks(spec.layout);
 
   if (dx != nullptr || need_outer) {
     const PixelBlocks pixels(p);
@@ -696,7 +698,7 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
     const int64_t narrowest = kConvBackwardDepth / 6 / s.kernel;
     const Blocks channels(
         s.channels, widest > 1 ? widest : 1, narrowest > 1 ? narrowest : 1,
-        set_tasks * p.conv_groups * o_tasks, runner.threads);
+        set_tasks * p.conv_groups * o_tasks, blocks ? kBlockThreads : runner.threads);
     const int64_t most_depth = channels.largest() * s.kernel;
     const int64_t step = spread(padded(most_depth));
     const int64_t o_step = spread(o_each);
@@ -710,6 +712,8 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
     const double cost = static_cast<double>(groups * p.images * s.out_pixels) *
                         static_cast<double>(2 * p.outputs * s.depth) / kLanes;
     const int64_t tasks = set_tasks * p.conv_groups * channels.count * o_tasks;
+    const int64_t tiles_each = p.conv_groups * o_blocks * channels.count;
+    const BlockGradients block_sums(spec.layout, spec.sets * tiles_each, o_each, most_depth);
     run_tasks(runner, tasks, cost, [&](int64_t task) {
       const int64_t o_task = task % o_tasks;
       const int64_t channel_block = task / o_tasks % channels.count;
@@ -787,10 +791,10 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
           std::fill(tile.dweight, tile.dweight + tile.o_count * step, 0.0f);
         }
         for (int64_t set = first_set; set < first_set + sets_each; ++set) {
-          const float* logits = p.logits + set * p.outputs * s.depth;
+          const float* logits = p.logits + set * logit_count(spec.layout, p.outputs, s.depth);
           load_tile(
-              weight, logits, s.depth, o0, tile.o_count, c0 * s.kernel, depth, step, tile.wide,
-              tile.exps);
+              weight, blocks ? nullptr : logits, s.depth, o0, tile.o_count, c0 * s.kernel, depth,
+              step, tile.wide, tile.exps);
           for (int64_t k = 0; k < spec.samples; ++k) {
             mask_tile<kHard>(
                 tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, s.depth, element,
@@ -864,7 +868,10 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
               add_sample(tile, turned, d.dlogits != nullptr, k == 0);
             }
           }
-          if (d.dlogits != nullptr) {
+          if (d.dlogits != nullptr && blocks) {
+            const int64_t at = (conv_group * o_blocks + block_o) * channels.count + channel_block;
+            add_blocks(block_sums, set * tiles_each + at, tile, o0, c0 * s.kernel);
+          } else if (d.dlogits != nullptr) {
             write_dlogits(tile, d.dlogits + set * p.outputs * s.depth + element, s.depth, false);
           }
         }
@@ -882,6 +889,9 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
         }
       }
     });
+    if (d.dlogits != nullptr) {
+      block_sums.finish(d.dlogits, logit_count(spec.layout, p.outputs, s.depth), tiles_each);
+    }
   }
 
   if (d.dbias != nullptr || d.dbias_logits != nullptr) {

@@ -13,6 +13,8 @@ namespace {
 struct Arguments {
   Contiguous x, weight, logits, bias, bias_logits, seed;
   CutStore cuts;
+  int64_t sets;
+  Layout layout;
   LinearProblem problem;
 
   Arguments(
@@ -29,22 +31,19 @@ struct Arguments {
       int64_t samples,
       double tau,
       bool hard,
-      const EstimatorArguments& estimator)
+      const EstimatorArguments& estimator,
+      const std::vector<int64_t>& n_of_m)
       : x(x_),
         weight(weight_),
         logits(logits_),
         bias(bias_),
         bias_logits(bias_logits_),
-        seed(seed_) {
+        seed(seed_),
+        layout(weight_, logits_, n_of_m, estimator, sets) {
     check_float32(logits_, "logits");
     check_same_type(weight_, x_, "weight");
     STD_TORCH_CHECK(weight_.dim() == 2, "weight must be [out, in]");
     const int64_t out = weight_.size(0), in = weight_.size(1);
-    STD_TORCH_CHECK(
-        (logits_.dim() == 2 || logits_.dim() == 3) && logits_.size(-2) == out &&
-            logits_.size(-1) == in,
-        "logits must be [out, in] or [sets, out, in]");
-    const int64_t sets = logits_.dim() == 3 ? logits_.size(0) : 1;
     STD_TORCH_CHECK(x_.dim() >= 2 && x_.size(-1) == in, "x must be [batch, ..., in]");
     if (bias_.has_value()) {
       check_same_type(*bias_, x_, "bias");
@@ -61,6 +60,7 @@ struct Arguments {
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
     cuts.add(problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets);
     cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), out);
+    problem.mask.layout = layout.layout;
     int64_t all_rows = 1;
     for (int64_t d = 0; d + 1 < x_.dim(); ++d) {
       all_rows *= x_.size(d);
@@ -100,10 +100,11 @@ Tensor masked_linear(
     double low,
     double high,
     double clamp,
-    bool antithetic) {
+    bool antithetic,
+    std::vector<int64_t> n_of_m) {
   const Arguments a(
       x, weight, logits, bias, bias_logits, seed, tensor_id, bias_tensor_id, sample_offset,
-      element_offset, samples, tau, hard, {estimator, low, high, clamp, antithetic});
+      element_offset, samples, tau, hard, {estimator, low, high, clamp, antithetic}, n_of_m);
   std::vector<int64_t> shape;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
     shape.push_back(x.size(d));
@@ -137,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
     double high,
     double clamp,
     bool antithetic,
+    std::vector<int64_t> n_of_m,
     bool need_x,
     bool need_weight,
     bool need_logits,
@@ -144,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
     bool need_bias_logits) {
   const Arguments a(
       x, weight, logits, bias, bias_logits, seed, tensor_id, bias_tensor_id, sample_offset,
-      element_offset, samples, tau, hard, {estimator, low, high, clamp, antithetic});
+      element_offset, samples, tau, hard, {estimator, low, high, clamp, antithetic}, n_of_m);
   check_same_type(dy, x, "dy");
   const Contiguous dy_data(dy);
   GradientTensors g(

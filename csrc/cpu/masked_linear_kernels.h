@@ -17,6 +17,7 @@ constexpr int64_t kFewRows = 16;  // of x, up to which a tile has twice the colu
 // Products longer than this are summed in parts, which keeps the rounding error of plain products.
 constexpr int64_t kSumDepth = 128;
 constexpr int64_t kOutputTile = 16384;  // floats of y kept per task
+constexpr int64_t kBlockThreads = 8;    // for which the sums of blocks of logits are cut
 constexpr int64_t kStreamed = 1 << 19;  // floats of a gradient from which it goes past the caches
 
 // At least n floats in an odd number of cache lines: rows at this distance spread over all sets of
@@ -48,8 +49,8 @@ struct Blocks {
   }
 };
 
-// Weights as float32 and exp(-logit) of rows [o0, o0 + rows) and columns [i0, i0 + n), each row
-// `step` apart and padded with zeros (exp: with anything) to kTileColumns.
+// Weights as float32 and, with one logit for each, exp(-logit) of rows [o0, o0 + rows) and columns
+// [i0, i0 + n), each row `step` apart and padded with zeros (exp: with anything) to kTileColumns.
 template <typename T>
 void load_tile(
     const T* weight,
@@ -64,11 +65,20 @@ void load_tile(
     float* exps) {
   for (int64_t o = 0; o < rows; ++o) {
     const int64_t element = (o0 + o) * in + i0;
-    exp_minus_row(logits + element, n, exps + o * step);
+    if (logits != nullptr) {
+      exp_minus_row(logits + element, n, exps + o * step);
+    }
     for (int64_t i = 0; i < padded(n); i += kLanes) {
       store(wide + o * step + i, load_part(weight + element + i, n - i));
     }
   }
+}
+
+// weights * masks, where a mask of 0 removes whatever the weight is
+template <bool kHard>
+MODMASK_INLINE vf times_mask(const float* masks, const float* weights) {
+  const vf m = load(masks), w = load(weights);
+  return kHard ? where_less(vf{}, m, w) : m * w;
 }
 
 // W * M of a tile that `load_tile` has read, from the weight's `first_element` on.
@@ -86,6 +96,16 @@ void mask_rows(
     const float* exps,
     float* tile,
     uint32_t* words) {
+  if (is_granular(spec.layout)) {
+    GranularRows<kHard, false> drawn(spec, masks, logits, in, first_element % in, n);
+    for (int64_t o = 0; o < rows; ++o) {
+      drawn.draw(first_element / in + o);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        store(tile + o * step + i, times_mask<kHard>(drawn.values + i, wide + o * step + i));
+      }
+    }
+    return;
+  }
   for (int64_t o = 0; o < rows; ++o) {
     const int64_t element = first_element + o * in;
     const RowNoise noise =
@@ -347,7 +367,8 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   run_tasks(runner, spec.sets * blocks.count, cost, [&](int64_t t) {
     const int64_t set = t / blocks.count, block = t % blocks.count;
     const int64_t o0 = blocks.first(block), o_count = blocks.first(block + 1) - o0;
-    const float* logits = p.logits + set * out * in;
+    const float* logits = p.logits + set * logit_count(spec.layout, out, in);
+    const float* each = has_blocks(spec.layout) ? nullptr : logits;  // one per weight
     thread_local Scratch scratch;
     const auto lease = scratch.reserve(
         3 * Scratch::need(kForwardRows * tile_step) + Scratch::need(word_count) +
@@ -364,7 +385,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
       const int64_t r_count = padded_rows - r0 < chunk ? padded_rows - r0 : chunk;
       for (int64_t i0 = 0; i0 < in || i0 == 0; i0 += kForwardDepth) {
         const int64_t i_count = in - i0 < kForwardDepth ? in - i0 : kForwardDepth;
-        load_tile(weight, logits, in, o0, o_count, i0, i_count, tile_step, wide, exps);
+        load_tile(weight, each, in, o0, o_count, i0, i_count, tile_step, wide, exps);
         // the next block of inputs, or the first one of the task that probably comes next
         const bool last = i0 + kForwardDepth >= in;
         const int64_t next_i = last ? 0 : i0 + kForwardDepth;
@@ -374,7 +395,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
         const int64_t next = next_o * in + next_i;
         TileAhead ahead(
             Lines(weight + next, in, next_rows, next_columns),
-            Lines(logits + next, in, next_rows, next_columns), Lines(),
+            each != nullptr ? Lines(each + next, in, next_rows, next_columns) : Lines(), Lines(),
             spec.samples * ceil_div(r_count, kTileColumns) * ceil_div(o_count, kTileRows) *
                 ceil_div(i_count, kSumDepth));
         for (int64_t k = 0; k < spec.samples; ++k) {
@@ -439,6 +460,19 @@ void mask_tile(
     int64_t in,
     int64_t first_element,
     uint32_t* words) {
+  if (is_granular(spec.layout)) {
+    GranularRows<kHard, true> drawn(spec, masks, logits, in, first_element % in, t.i_count);
+    for (int64_t o = 0; o < t.o_count; ++o) {
+      drawn.draw(first_element / in + o);
+      for (int64_t i = 0; i < padded(t.i_count); i += kLanes) {
+        const int64_t at = o * t.step + i;
+        store(t.masked + at, times_mask<kHard>(drawn.values + i, t.wide + at));
+        store(t.slopes + at, load(drawn.slopes + i));
+        store(t.values + at, load(drawn.values + i));
+      }
+    }
+    return;
+  }
   for (int64_t o = 0; o < t.o_count; ++o) {
     const int64_t at = o * t.step;
     const int64_t element = first_element + o * in;
@@ -565,6 +599,18 @@ inline void write_dlogits(const BackwardTile& t, float* to, int64_t in, bool str
   }
 }
 
+// The same for logits that cover blocks, from weight row o0 and column i0 on.
+inline void add_blocks(
+    const BlockGradients& sums, int64_t at, const BackwardTile& t, int64_t o0, int64_t i0) {
+  for (int64_t o = 0; o < t.o_count; ++o) {
+    float* row = t.dlogits + o * t.step;
+    for (int64_t i = 0; i < t.i_count; i += kLanes) {
+      store(row + i, load(row + i) * load(t.wide + o * t.step + i));
+    }
+  }
+  sums.add(at, t.dlogits, t.step, o0, t.o_count, i0, t.i_count);
+}
+
 // dlogits += D * slope and dweight += D * M of one sample, with D in the layout of the tile.
 inline void add_sample(const BackwardTile& t, const float* products, bool dlogits, bool first) {
   for (int64_t o = 0; o < t.o_count; ++o) {
@@ -599,7 +645,8 @@ void linear_gradients(
   T* dweight = static_cast<T*>(d.dweight);
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
   // whole cache lines only
-  const bool streamed = spec.sets * out * in >= kStreamed && in % 16 == 0 &&
+  const bool blocks = has_blocks(spec.layout);
+  const bool streamed = !blocks && spec.sets * out * in >= kStreamed && in % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(d.dlogits) % 64 == 0;
   // Long sums over the batch are cut into equal parts, shorter ones where rows of many steps, large
   // and small, follow each other.
@@ -627,11 +674,14 @@ void linear_gradients(
     const int64_t widest = rows_each > kFewRows ? kBackwardColumns : 2 * kBackwardColumns;
     // narrower than two strips, a task has more to fetch than to do
     const Blocks columns(
-        ceil_div(in, kTileColumns), widest / kTileColumns, 2, set_tasks * o_tasks, runner.threads);
+        ceil_div(in, kTileColumns), widest / kTileColumns, 2, set_tasks * o_tasks,
+        blocks ? kBlockThreads : runner.threads);
     const int64_t width = columns.largest() * kTileColumns;
     const int64_t step = spread(width);
     const double cost =
         static_cast<double>(out * in) * static_cast<double>(groups * (2 * rows + 12)) / kLanes;
+    const BlockGradients block_sums(
+        spec.layout, spec.sets * o_blocks * columns.count, kBackwardRows, width);
 
     run_tasks(runner, set_tasks * columns.count * o_tasks, cost, [&](int64_t task) {
       const int64_t o_task = task % o_tasks;
@@ -680,16 +730,17 @@ void linear_gradients(
           std::fill(tile.dweight, tile.dweight + tile.o_count * step, 0.0f);
         }
         for (int64_t set = first_set; set < first_set + sets_each; ++set) {
-          const float* logits = p.logits + set * out * in;
+          const float* logits = p.logits + set * logit_count(spec.layout, out, in);
+          const float* each = blocks ? nullptr : logits;  // one per weight
           load_tile(
-              weight, logits, in, o0, tile.o_count, i0, tile.i_count, step, tile.wide, tile.exps);
+              weight, each, in, o0, tile.o_count, i0, tile.i_count, step, tile.wide, tile.exps);
           const int64_t next_o = block + 1 < last_block ? o0 + kBackwardRows : out;
           const int64_t next_rows = out - next_o < kBackwardRows ? out - next_o : kBackwardRows;
           const int64_t next = next_o * in + i0, here = (set * out + o0) * in + i0;
           TileAhead ahead(
               Lines(weight + next, in, next_rows, tile.i_count),
-              Lines(logits + next, in, next_rows, tile.i_count),
-              d.dlogits != nullptr && !streamed
+              blocks ? Lines() : Lines(logits + next, in, next_rows, tile.i_count),
+              d.dlogits != nullptr && !streamed && !blocks
                   ? Lines(d.dlogits + here, in, tile.o_count, tile.i_count)
                   : Lines(),
               spec.samples * ceil_div(tile.i_count, kTileColumns) *
@@ -721,7 +772,10 @@ void linear_gradients(
               }
             }
           }
-          if (d.dlogits != nullptr) {
+          if (d.dlogits != nullptr && blocks) {
+            const int64_t at = (set * o_blocks + block) * columns.count + i_block;
+            add_blocks(block_sums, at, tile, o0, i0);
+          } else if (d.dlogits != nullptr) {
             write_dlogits(tile, d.dlogits + here, in, streamed);
           }
         }
@@ -742,6 +796,9 @@ void linear_gradients(
         }
       }
     });
+    if (d.dlogits != nullptr) {
+      block_sums.finish(d.dlogits, logit_count(spec.layout, out, in), o_blocks * columns.count);
+    }
   }
 
   if (d.dbias != nullptr || d.dbias_logits != nullptr) {

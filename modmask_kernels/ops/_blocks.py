@@ -45,12 +45,15 @@ def expand_blocks(mask: Tensor, shape: Sequence[int]) -> Tensor:
     return thin.expand(_split(shape, mask.shape, True)).reshape(list(shape))
 
 
-def scaled_side(weight: Tensor, logits: Tensor) -> int | None:
+def scaled_side(x: Tensor, weight: Tensor, logits: Tensor) -> int | None:
     """The dimension of the weight that all masks scale as a whole, or None.
 
     0: every logit covers whole outputs, whose mask scales the result; 1: whole inputs, whose mask
-    scales x. The product itself is then a plain one.
+    scales x. The product itself is then a plain one. Half precision on the CPU goes without this:
+    the kernels sum in float32, while a plain product rounds what the gradient of the logits needs.
     """
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        return None
     small = logits.shape[-weight.dim() :]
     if small == weight.shape:
         return None

@@ -24,7 +24,7 @@ _OPERANDS = (
 )
 _DRAW = (
     "int tensor_id, int bias_tensor_id, SymInt sample_offset, SymInt element_offset, "
-    f"int samples, float tau, bool hard, {estimators.SCHEMA}"
+    f"int samples, float tau, bool hard, {estimators.SCHEMA}, int[] n_of_m"
 )
 _NEEDS = "bool need_x, bool need_weight, bool need_logits, bool need_bias, bool need_bias_logits"
 
@@ -41,21 +41,19 @@ _DRAW_NAMES = (
 
 
 def positional(reference: Callable[..., Tensor], *options: str) -> Callable[..., Tensor]:
-    """A reference with the arguments of the schema, by position; `options` follow the seed.
-
-    Behind the schema's arguments may stand `n_of_m`, which has no kernel.
-    """
+    """A reference with the arguments of the schema, by position; `options` follow the seed."""
     names = ("seed", *options, *_DRAW_NAMES)
 
     def call(*arguments: Any) -> Tensor:
         end = 5 + len(names)
-        code, low, high, clamp, antithetic, *rest = arguments[end:]
+        code, low, high, clamp, antithetic, n_of_m = arguments[end:]
         return reference(
             *arguments[:5],
             **dict(zip(names, arguments[5:end], strict=True)),
             estimator=estimators.of_arguments(code, low, high, clamp),
             antithetic=antithetic,
-            **({"n_of_m": rest[0]} if rest else {}),
+            # a list, since operations have no None among integers
+            **({"n_of_m": tuple(n_of_m)} if n_of_m else {}),
         )
 
     return call
@@ -71,14 +69,17 @@ def draw_arguments(
     hard: bool,
     estimator: str | Estimator,
     antithetic: bool,
+    n_of_m: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
     """What the schemas say of the masks, checked."""
     _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
+    check_hard(n_of_m, hard, estimator)
     chosen = estimators.resolve(estimator)
     estimators.check_whole(chosen, element_offset)
     bias_id = number_of_bias(tensor_id, bias_tensor_id)
     drawn = estimators.arguments(chosen, antithetic)
-    return (tensor_id, bias_id, sample_offset, element_offset, samples, tau, hard, *drawn)
+    kept = [] if n_of_m is None else n_of_m
+    return (tensor_id, bias_id, sample_offset, element_offset, samples, tau, hard, *drawn, kept)
 
 
 class MaskedProduct:
@@ -138,8 +139,9 @@ class MaskedProduct:
         """The operation on the compiled kernels, which check the arguments too, only tersely.
 
         Returns:
-            None where there is no such kernel, or where an argument does not fit: that asks for a
-            close look in Python, which takes longer than a small layer.
+            None where there is no such kernel, or where an argument does not fit or the logits are
+            fewer than the weights: that asks for a close look in Python, which takes longer than a
+            small layer.
         """
         if (
             torch.compiler.is_compiling()
@@ -149,6 +151,8 @@ class MaskedProduct:
         ):
             return None
         try:
+            if arguments[2].numel() < arguments[1].numel():
+                return None  # maybe a plain product does
             call = self._eager if torch.is_grad_enabled() else self._below_autograd
             y = call(*arguments)
         except (RuntimeError, TypeError, AttributeError):
@@ -321,12 +325,8 @@ def check_parameters(
 
 
 def check_n_of_m(n_of_m: Sequence[int], weight: Tensor, logits: Tensor) -> None:
-    """Raise unless n of every m consecutive inputs of the weight can be kept."""
-    if len(n_of_m) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in n_of_m):
-        raise ValueError(f"n_of_m must be two integers, not {n_of_m!r}")
-    n, m = n_of_m
-    if not 0 < n <= m:
-        raise ValueError(f"n_of_m must be (n, m) with 0 < n <= m, not {n_of_m}")
+    """Raise unless the weight and its logits fit n of every m consecutive inputs."""
+    _, m = n_of_m
     if weight.shape[1] % m:
         raise ValueError(
             f"n_of_m: the {weight.shape[1]} inputs of weight {_check.shape_of(weight)} do not "
@@ -342,9 +342,14 @@ def check_n_of_m(n_of_m: Sequence[int], weight: Tensor, logits: Tensor) -> None:
 def check_hard(
     n_of_m: Sequence[int] | None, hard: bool, estimator: str | Estimator = "gumbel_sigmoid"
 ) -> None:
-    """n:m masks exist as hard ones of the Gumbel-sigmoid only."""
+    """Raise unless n of m can be kept; n:m masks exist as hard ones of the Gumbel-sigmoid only."""
     if n_of_m is None:
         return
+    if len(n_of_m) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in n_of_m):
+        raise ValueError(f"n_of_m must be two integers, not {n_of_m!r}")
+    n, m = n_of_m
+    if not 0 < n <= m:
+        raise ValueError(f"n_of_m must be (n, m) with 0 < n <= m, not {n_of_m}")
     if not hard:
         raise ValueError("n_of_m needs hard masks, hard=True: soft ones do not compete")
     name = estimators.resolve(estimator).name

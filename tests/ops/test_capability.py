@@ -127,7 +127,7 @@ y.sum().backward()
 # the registered operations exist too, served by the reference
 raw = torch.ops.modmask.masked_linear(
     torch.ones(6, 8), torch.ones(5, 8), logits[None], None, None, draw["seed"],
-    0, 1, 0, 0, 2, 1.0, True, 0, 0.0, 0.0, 0.0, False)
+    0, 1, 0, 0, 2, 1.0, True, 0, 0.0, 0.0, 0.0, False, [])
 assert torch.equal(raw, y)
 packed = ops.sample_mask_packed(logits, **draw)
 print(y.sum().item(), packed.sum().item())

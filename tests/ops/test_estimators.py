@@ -184,7 +184,7 @@ def test_opcheck_and_compile(name):
     leaves = [normal(6, 5), normal(4, 5, seed=1), normal(4, 5, seed=2)]
     leaves = [t.requires_grad_() for t in leaves]
     seed = torch.tensor(3)
-    draw = (1, 2, 0, 0, 2, 0.8, False, *estimators.arguments(name, True))
+    draw = (1, 2, 0, 0, 2, 0.8, False, *estimators.arguments(name, True), [])
     operation = torch.ops.modmask.masked_linear.default
     torch.library.opcheck(operation, (*leaves, None, None, seed, *draw))
     torch.library.opcheck(
@@ -215,7 +215,8 @@ def test_the_defaults_change_nothing():
             plain, ops.sample_mask(logits, seed=seed, samples=2, estimator=estimator)
         )
     adapted = positional(lambda *_, **options: options["estimator"])
-    assert adapted(*[None] * 13, *estimators.arguments("top_k", True)) == estimators.top_k()
+    drawn = estimators.arguments("top_k", True)
+    assert adapted(*[None] * 13, *drawn, []) == estimators.top_k()
 
 
 # ---- formulas ----

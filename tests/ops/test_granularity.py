@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from tolerance import check_close
 
-from modmask_kernels import ops
-from modmask_kernels.ops import _blocks
+from modmask_kernels import _native, ops
+from modmask_kernels.ops import _blocks, estimators
 from modmask_kernels.ops.masked_conv import reference as conv_reference
 from modmask_kernels.ops.masked_linear import reference as linear_reference
 from modmask_kernels.ops.sample_mask import reference as mask_reference
 
+needs_kernels = pytest.mark.skipif(not _native.available(), reason="tests the compiled kernels")
+GUMBEL = estimators.arguments("gumbel_sigmoid", False)
 NAMES = ("y", "x", "weight", "logits", "bias", "bias_logits")
 SETS, SAMPLES = 2, 3
 # [out, in] = [24, 36]
@@ -151,6 +153,189 @@ def test_conv1d():
         torch.testing.assert_close(y, torch.cat(parts))
 
 
+# ---- many tiles, every capability ----
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REFERENCES = {}
+
+
+def check_kernel(key, ours, reference, operands, options, reference_options):
+    """`check` against a reference that all capabilities share."""
+    dy = normal(*ours(**operands, **options).shape, seed=6, dtype=operands["x"].dtype)
+    if key not in REFERENCES:
+        plain = results(reference, operands, dy, **reference_options)
+        exact = results(reference, operands, dy, torch.float64, **reference_options)
+        REFERENCES[key] = plain, exact
+    plain, exact = REFERENCES[key]
+    got = results(ours, operands, dy, **options)
+    check_close((name, got[name], plain[name], exact[name]) for name in NAMES)
+
+
+def large_linear(small, dtype=torch.float32):
+    return {
+        "x": normal(SETS * SAMPLES * 7, 600, seed=1, dtype=dtype),
+        "weight": normal(120, 600, seed=2, dtype=dtype) / 24,
+        "logits": 2 * normal(SETS, *small, seed=3),
+        "bias": normal(120, seed=4, dtype=dtype),
+        "bias_logits": 2 * normal(SETS, 120, seed=5),
+    }
+
+
+def large_conv(small, dtype=torch.float32):
+    return {
+        "x": normal(SETS * SAMPLES * 2, 48, 6, 7, seed=1, dtype=dtype),
+        "weight": normal(20, 24, 3, 3, seed=2, dtype=dtype) / 15,
+        "logits": 2 * normal(SETS, *small, seed=3),
+        "bias": normal(20, seed=4, dtype=dtype),
+        "bias_logits": 2 * normal(SETS, 20, seed=5),
+    }
+
+
+LARGE_LINEAR = [
+    ((120, 1), None),
+    ((1, 600), None),
+    ((60, 300), None),
+    ((3, 4), None),
+    ((120, 20), None),
+    ((8, 600), None),
+    ((120, 600), (2, 4)),
+    ((120, 600), (7, 25)),
+    ((120, 600), (1, 600)),
+]
+LARGE_CONV = [
+    ((20, 1, 1, 1), None),
+    ((1, 24, 1, 1), None),
+    ((20, 24, 1, 1), None),
+    ((5, 6, 1, 1), None),
+    ((20, 1, 3, 3), None),
+    ((10, 24, 3, 1), None),
+    ((20, 24, 3, 3), (1, 4)),
+    ((20, 24, 3, 3), (7, 12)),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("small", "n_of_m"), LARGE_LINEAR)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_many_tiles(capability, small, n_of_m, dtype):
+    options = draw("each", n_of_m=n_of_m, tau=0.7)
+    key = ("linear", small, n_of_m, dtype)
+    reference = linear_reference.masked_linear
+    check_kernel(key, ops.masked_linear, reference, large_linear(small, dtype), options, options)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("small", "n_of_m"), LARGE_CONV)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_of_many_tiles(capability, small, n_of_m, dtype):
+    options = draw("each", n_of_m=n_of_m, tau=0.7, groups=2)
+    check_kernel(
+        ("conv", small, n_of_m, dtype),
+        ops.masked_conv2d,
+        conv_reference.masked_conv2d,
+        large_conv(small, dtype),
+        {**options, "padding": 1},
+        {**options, "padding": (1, 1, 1, 1)},
+    )
+
+
+ESTIMATORS = [
+    (estimators.hard_concrete(), False),
+    (estimators.hard_concrete(clamp=0.1), True),
+    (estimators.sigmoid(), False),
+    (estimators.threshold(0.3), True),
+    (estimators.top_k(0.4), True),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("estimator", "hard"), ESTIMATORS, ids=str)
+@pytest.mark.parametrize("small", [(3, 4), (120, 20)])
+def test_linear_with_estimators(capability, small, estimator, hard):
+    whole = {"element_offset": 0, "tau": 0.7, "hard": hard, "antithetic": True}
+    options = {**draw("each"), **whole, "estimator": estimator}
+    key = ("linear", small, estimator, hard)
+    reference = linear_reference.masked_linear
+    check_kernel(key, ops.masked_linear, reference, large_linear(small), options, options)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("estimator", "hard"), ESTIMATORS, ids=str)
+def test_conv_with_estimators(capability, estimator, hard):
+    whole = {"element_offset": 0, "tau": 0.7, "hard": hard, "antithetic": True}
+    options = {**draw("each"), **whole, "estimator": estimator, "groups": 2}
+    check_kernel(
+        ("conv", estimator, hard),
+        ops.masked_conv2d,
+        conv_reference.masked_conv2d,
+        large_conv((5, 6, 1, 1)),
+        {**options, "padding": 1},
+        {**options, "padding": (1, 1, 1, 1)},
+    )
+
+
+@needs_kernels
+def test_antithetic_n_of_m(capability):
+    options = draw("each", n_of_m=(2, 4), tau=0.7, antithetic=True)
+    reference = linear_reference.masked_linear
+    operands = large_linear((120, 600))
+    check_kernel("antithetic", ops.masked_linear, reference, operands, options, options)
+
+
+@needs_kernels
+def test_kernels_refuse_n_of_m_with_other_estimators():
+    operands = linear_operands((24, 36)).values()
+    drawn = (SEEDS["each"], 3, 4, 0, 0, SAMPLES, 0.9, True)
+    other = estimators.arguments("hard_concrete", False)
+    with pytest.raises(RuntimeError, match="n_of_m needs the estimator gumbel_sigmoid"):
+        torch.ops.modmask.masked_linear(*operands, *drawn, *other, [2, 4])
+
+
+@needs_kernels
+@pytest.mark.parametrize("wanted", [NAMES[1:], ("logits",)])
+@pytest.mark.parametrize("small", [(60, 300), (3, 4), (120, 20), (8, 600)])
+def test_bits_do_not_depend_on_the_threads(small, wanted, threads):
+    first = {}
+    for count in (1, 2, 3):
+        threads(count)
+        operands = {
+            name: t.requires_grad_(name in wanted) for name, t in large_linear(small).items()
+        }
+        y = ops.masked_linear(**operands, **draw("each"))
+        y.sin().sum().backward()
+        got = {"y": y.detach(), **{name: operands[name].grad for name in wanted}}
+        for name, value in got.items():
+            assert torch.equal(first.setdefault(name, value), value), (name, count)
+
+
+@needs_kernels
+@pytest.mark.parametrize("small", [(20, 24, 1, 1), (5, 6, 1, 1), (20, 1, 3, 3)])
+def test_bits_of_convolutions_do_not_depend_on_the_threads(small, threads):
+    first = {}
+    for count in (1, 2, 3):
+        threads(count)
+        operands = large_conv(small)
+        dy = normal(SETS * SAMPLES * 2, 20, 6, 7, seed=6)
+        got = results(ops.masked_conv2d, operands, dy, padding=1, groups=2, **draw("each"))
+        for name, value in got.items():
+            assert torch.equal(first.setdefault(name, value), value), (name, count)
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_of_m", [(2, 4), (3, 7), (1, 35)])
+@pytest.mark.parametrize("seed", [None, torch.tensor(9)])
+def test_masks_are_the_same_bits_on_every_capability(capability, n_of_m, seed):
+    logits = 20 * normal(6, 140)
+    logits[1] = 0.5
+    logits[2, ::3] = float("nan")
+    logits[3] = 1e4
+    logits[4, ::2] = -float("inf")
+    masks = masks_of(logits, n_of_m, seed, samples=1 if seed is None else 3)
+    for k, mask in enumerate(masks):
+        expected = mask_reference.mask_of_sample(logits, seed=seed, sample=k, n_of_m=n_of_m)
+        assert torch.equal(mask, expected)
+
+
 # ---- n:m ----
 
 
@@ -225,6 +410,8 @@ def test_likely_weights_are_kept_more_often():
         ({"n_of_m": (1, 5)}, r"n_of_m: the 36 inputs of weight \[24, 36\] do not divide into .* 5"),
         ({"n_of_m": (1.0, 2)}, r"n_of_m must be two integers"),
         ({"n_of_m": (2,)}, r"n_of_m must be two integers"),
+        ({"n_of_m": ()}, r"n_of_m must be two integers"),
+        ({"n_of_m": (True, 4)}, r"n_of_m must be two integers"),
         ({"n_of_m": (2, 4), "hard": False}, r"n_of_m needs hard masks"),
         ({"n_of_m": (2, 4), "logits": normal(2, 24, 1)}, r"n_of_m needs logits like weight"),
         (
@@ -250,6 +437,26 @@ def test_empty():
         assert not any(got[name].any() for name in ("weight", "logits", "bias", "bias_logits"))
 
 
+@pytest.mark.parametrize(
+    ("shape", "small"),
+    [
+        ((24, 0), (24, 1)),
+        ((24, 0), (1, 1)),
+        ((24, 0), (6, 3)),
+        ((0, 36), (1, 9)),
+        ((0, 36), (3, 4)),
+    ],
+)
+def test_logits_of_no_weights(shape, small):
+    operands = {"x": normal(6, shape[1]), "weight": normal(*shape), "logits": normal(SETS, *small)}
+    leaves = {name: t.requires_grad_() for name, t in operands.items()}
+    y = ops.masked_linear(**leaves, **draw("each"))
+    y.sum().backward()
+    assert y.shape == (6, shape[0])
+    for t in (y, *(leaf.grad for leaf in leaves.values())):
+        assert not t.any()
+
+
 # ---- under transforms ----
 
 
@@ -265,7 +472,7 @@ def test_vmap_over_seeds(small):
     torch.testing.assert_close(together, torch.stack([one(seed) for seed in seeds]))
 
 
-@pytest.mark.parametrize("small", [(24, 1), (1, 9)])
+@pytest.mark.parametrize("small", [(24, 1), (1, 9), (6, 9)])
 def test_compiled(small):
     operands = linear_operands(small)
 
@@ -278,6 +485,18 @@ def test_compiled(small):
     traced = results(lambda **t: compiled(t, SEEDS["each"]), operands, dy)
     for name in NAMES:
         torch.testing.assert_close(traced[name], plain[name])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("small", "n_of_m"), [((6, 9), []), ((24, 36), [2, 4])])
+def test_opcheck(small, n_of_m):
+    operands = [t.requires_grad_() for t in linear_operands(small).values()]
+    arguments = (SEEDS["each"], 3, 4, 0, 1, SAMPLES, 0.9, True, *GUMBEL, n_of_m)
+    torch.library.opcheck(torch.ops.modmask.masked_linear.default, (*operands, *arguments))
+    operands = [t.requires_grad_() for t in conv_operands((4, 3, 1, 1)).values()]
+    options = ([1, 1], [0] * 4, [1, 1], 2)
+    arguments = (SEEDS["each"], *options, 3, 4, 0, 1, SAMPLES, 0.9, True, *GUMBEL, [])
+    torch.library.opcheck(torch.ops.modmask.masked_conv.default, (*operands, *arguments))
 
 
 @pytest.mark.parametrize("small", [(24, 1), (1, 9), (6, 9)])

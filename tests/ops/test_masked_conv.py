@@ -349,6 +349,7 @@ def test_opcheck(dtype):
         1.0,
         True,
         *GUMBEL,
+        [],
     ]
     torch.library.opcheck(torch.ops.modmask.masked_conv.default, arguments)
 

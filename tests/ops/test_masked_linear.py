@@ -599,13 +599,13 @@ def test_opcheck(case, bias, dtype):
     namespace = torch.ops.modmask
     for hard in (True, False):
         leaves = [t if t is None else t.clone().requires_grad_() for t in tensors.values()]
-        torch.library.opcheck(namespace.masked_linear.default, (*leaves, *draw, hard, *GUMBEL))
+        torch.library.opcheck(namespace.masked_linear.default, (*leaves, *draw, hard, *GUMBEL, []))
     dy = gradient_of(torch.empty(*tensors["x"].shape[:-1], case.outputs, dtype=dtype))
     needs = [t is not None for t in tensors.values()]
     for wanted in (needs, [False, False, True, False, False]):
         torch.library.opcheck(
             namespace.masked_linear_backward.default,
-            (dy, *tensors.values(), *draw, True, *GUMBEL, *wanted),
+            (dy, *tensors.values(), *draw, True, *GUMBEL, [], *wanted),
         )
 
 

@@ -299,7 +299,7 @@ def test_threads_change_nothing(name, capability, threads):
 def test_opcheck(name):
     tensors, options = CASES[name]()
     _, operation, extra = FUNCTIONS[name]
-    draw = (3, 4, 0, 0, 2, 1.0, True, *arguments_of("gumbel_sigmoid", False))
+    draw = (3, 4, 0, 0, 2, 1.0, True, *arguments_of("gumbel_sigmoid", False), [])
     arguments = [tensors[n].requires_grad_() for n in NAMES]
     torch.library.opcheck(
         getattr(torch.ops.modmask, operation).default,

@@ -14,7 +14,6 @@ from .._convolution import check_convolution, shape_of_result
 from .._masked_product import (
     MaskedProduct,
     check_batch,
-    check_hard,
     check_parameters,
     draw_arguments,
     lowered,
@@ -85,8 +84,8 @@ def _masked_conv(
         hard,
         estimator,
         antithetic,
+        n_of_m,
     )
-    check_hard(n_of_m, hard, estimator)
     unbatched = x.dim() == 1 + dims
     if unbatched:
         x = x.unsqueeze(0)
@@ -100,14 +99,12 @@ def _masked_conv(
         x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)
     operands = (x, weight, logits, bias, bias_logits)
     options = (stride, padding, dilation, groups)
-    side = scaled_side(weight, logits)
-    if side is not None:
-        convolve = partial(reference.convolve, *options)
-        y = scaled_product(convolve, side, 1, *operands, seed, *draw)
-    elif n_of_m is not None or logits.shape[-4:] != weight.shape:
-        y = product.reference(*operands, seed, *options, *draw, n_of_m)
-    else:
+    side = scaled_side(*operands[:3])
+    if side is None:
         y = product(*operands, seed, *options, *draw)
+    else:
+        convolve = partial(reference.convolve, *options)
+        y = scaled_product(convolve, side, 1, *operands, seed, *draw[:-1])
     if dims == 1:
         y = y.squeeze(2)
     return y.squeeze(0) if unbatched else y

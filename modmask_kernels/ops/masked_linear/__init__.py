@@ -12,7 +12,6 @@ from .._blocks import scaled_side
 from .._masked_product import (
     MaskedProduct,
     check_batch,
-    check_hard,
     check_parameters,
     draw_arguments,
     explain,
@@ -148,9 +147,9 @@ def masked_linear(
         hard,
         estimator,
         antithetic,
+        n_of_m,
     )
-    check_hard(n_of_m, hard, estimator)
-    if batch_dim == 0 and n_of_m is None:
+    if batch_dim == 0:
         quick = product.quick(x, weight, logits, bias, bias_logits, seed, *draw)
         if quick is not None:
             return quick
@@ -159,11 +158,9 @@ def masked_linear(
     _check_arguments(x, weight, logits, bias, bias_logits, seed, samples, n_of_m, batch_dim)
     x = x.movedim(batch_dim, 0)
     operands = (x, weight, logits, bias, bias_logits)
-    side = scaled_side(weight, logits)
-    if side is not None:
-        y = scaled_product(F.linear, side, -1, *operands, seed, *draw)
-    elif n_of_m is not None or logits.shape[-2:] != weight.shape:
-        y = product.reference(*operands, seed, *draw, n_of_m)
-    else:
+    side = scaled_side(*operands[:3])
+    if side is None:
         y = product(*operands, seed, *draw)
+    else:
+        y = scaled_product(F.linear, side, -1, *operands, seed, *draw[:-1])
     return y.movedim(0, batch_dim)
