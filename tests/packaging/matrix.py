@@ -99,7 +99,7 @@ def page() -> str:
         "Estimators and granularities are compared, drawn and final masks, with plain PyTorch on",
         "masked weights; features, with the default estimator and one logit per weight, with the",
         "same layer without the feature. See [estimators](estimators.md), and",
-        "`help(mm.mask_model)` for granularities.",
+        "[granularity](granularity.md).",
     ]
     for title, table in tables().items():
         columns = list(next(iter(table.values())))

@@ -91,3 +91,8 @@ def test_the_jobs_learn_what_one_process_learns(
     assert float(together.split()[-1]) == pytest.approx(float(alone.split()[-1]), rel=1e-2)
     assert analysis.stability(masks, expected) > 0.99  # rounding may move a logit near 0
     assert masks.metadata["weight_hash"] == expected.metadata["weight_hash"]
+
+
+def test_granularity(tmp_path: Path) -> None:
+    (said,) = finish(start(tmp_path, "-c", "\n".join(blocks("granularity.md", "python"))))
+    assert said.splitlines() == ["torch.Size([1, 8, 1, 1, 1])", "torch.Size([1, 12, 1])"]
