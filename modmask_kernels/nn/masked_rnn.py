@@ -106,12 +106,11 @@ class _MaskedRecurrent(MaskedModule):
             for g in range(self._groups(seed))
         ]
 
-    def _unmasked(self) -> dict[str, Tensor]:
-        shell = self.dense_shell()
-        return {name: self._parameter(name) for name in shell._parameters if name in self._own()}
-
-    def _own(self) -> set[str]:
-        return {name for name, p in self._parameters.items() if p is not None}
+    def _parameters_of(self, plain: nn.Module) -> dict[str, Tensor]:
+        """What a shell of the plain module reads, unmasked."""
+        return {
+            name: self._parameter(name) for name, p in plain._parameters.items() if p is not None
+        }
 
     @property
     def fused(self) -> bool:
@@ -203,7 +202,7 @@ class _MaskedRNNLayer(_MaskedRecurrent):
             return self._run_fused(x, hx, lengths, seed)
         plain = self.dense_shell().train(self.training)
         plain.__dict__["batch_first"] = False
-        unmasked = self._unmasked()
+        unmasked = self._parameters_of(plain)
         groups = 1 if mode == "off" else self._groups(seed)
         if x.shape[1] % groups:
             raise ValueError(
@@ -625,7 +624,7 @@ class _MaskedCell(_MaskedRecurrent):
             _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, seed)
             return last
         plain = self.dense_shell()
-        unmasked = self._unmasked()
+        unmasked = self._parameters_of(plain)
         groups = 1 if mode == "off" else self._groups(seed)
         if x.shape[0] % groups:
             raise ValueError(
