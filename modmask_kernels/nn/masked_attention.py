@@ -373,7 +373,9 @@ class MaskedMultiheadAttention(MaskedModule):
             first, count = weight_rows
             block = weight.shape[0] // logits.shape[1]  # rows that share their logits
             low, high = first // block, -(-(first + count) // block)
-            if mode != "off" and high - low > 1 and (first % block or count % block):
+            cut = high - low > 1 and (first % block or count % block)
+            # top_k ranks the logits of the whole parameter
+            if mode != "off" and (cut or self.estimator.name == "top_k"):
                 of_result, bias_rows = weight_rows, None
             else:
                 weight, logits = weight.narrow(0, *weight_rows), logits.narrow(1, low, high - low)

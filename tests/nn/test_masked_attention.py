@@ -386,3 +386,20 @@ def test_wrong_uses_are_named():
         layer(x, x, x, is_causal=True)
     with pytest.raises(TypeError, match="query: expected a dense tensor, got NoneType"):
         layer(None, x, x)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row"])
+@pytest.mark.parametrize("kind", ["self", "memory", "cross"])
+def test_top_k_ranks_the_whole_projection(kind, granularity):
+    plain, layer = pair({}, granularity=granularity)
+    layer.estimator = ops.estimators.top_k(0.3)
+    with torch.no_grad():
+        for leaf in layer.masked:
+            layer.logits_of(leaf).normal_()
+    for mode in ("sample", "threshold"):
+        layer.mode = mode
+        inputs = inputs_of(plain, False, kind)
+        y, _ = layer(*inputs)
+        torch.testing.assert_close(y, layer.to_dense()(*inputs)[0])
+    y.sum().backward()
+    assert all(bool(layer.logits_of(leaf).grad.any()) for leaf in layer.masked)
