@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import MaskSet
+from ..masks.convert import unwrapped
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 ExcludeIO = Literal["none", "fullmask", "ones"]
@@ -158,7 +159,8 @@ def half_mask_test(
         evaluate: called with a plain copy of the network; returns named numbers.
         early: how many tensors are early (default: the first half, rounded up).
     """
-    names = [name for name, _ in model.named_parameters() if name in masks]
+    parameters = unwrapped(model).named_parameters(remove_duplicate=False)
+    names = [name for name, _ in parameters if name in masks]
     masks = {name: masks[name] for name in names}
     chosen = early_half(names, early)
     first, second = half_masks(masks, early)

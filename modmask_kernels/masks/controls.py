@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .convert import MASKED_TYPES, find_masked_layers, masked_tensors, unwrapped
+from .convert import find_masked_layers, maskable_parameters, masked_tensors, unwrapped
 from .fingerprint import weight_hash
 from .mask_set import MaskSet
 
 
 def _weights(model: nn.Module, density: float | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters to mask, by name: those of the masks, of masked layers, or plain weights."""
-    parameters = dict(unwrapped(model).named_parameters())
     if isinstance(density, Mapping):
+        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
         missing = [name for name in density if name not in parameters]
         if missing:
             raise ValueError(f"density: the model has no parameter {missing[0]!r}")
@@ -24,12 +24,7 @@ def _weights(model: nn.Module, density: float | Mapping[str, Tensor]) -> dict[st
     layers = find_masked_layers(model)
     if layers:
         return {n: t.parameter.detach() for n, t in masked_tensors(layers).items()}
-    maskable = {
-        f"{name}.weight".lstrip(".")
-        for name, module in unwrapped(model).named_modules()
-        if isinstance(module, tuple(MASKED_TYPES))
-    }
-    return {name: p.detach() for name, p in parameters.items() if name in maskable}
+    return {n: p.detach() for n, p in maskable_parameters(unwrapped(model)).items()}
 
 
 def _select(
@@ -71,7 +66,7 @@ def magnitude_masks(
 
     Returns:
         A `MaskSet` without logits: over the masked parameters of a masked model, else over the
-    X
+        weights that `mask_model` masks unless told otherwise.
 
     Raises:
         ValueError: for a wrong density or scope, or masks of another model.

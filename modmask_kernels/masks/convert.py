@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from ..nn import (
 )
 from ..nn.granularity import Granularity, check_granularity, logits_shape
 from ..nn.masked_any import names_to_mask
-from ..nn.masked_module import check_mode, is_bias, name_sets
+from ..nn.masked_module import check_init, check_mode, check_tau, is_bias, name_sets
 from ..nn.masked_transposed import InsOuts, is_hugging_face_conv1d, turned
 from ..ops.estimators import GUMBEL_SIGMOID, Estimator, resolve
 from ..ops.sample_mask.reference import threshold
@@ -177,9 +177,10 @@ def _obstacle(module: nn.Module, masked: Any, in_attention: bool) -> str | None:
     if type(module).forward is not plain.forward:
         return f"{type(module).__name__} has its own forward"
     weights = [(module, "weight")]
-    if issubclass(plain, (nn.RNNBase, nn.RNNCellBase)):
-        suffix = "_l0" if issubclass(plain, nn.RNNBase) else ""
-        weights = [(module, f"weight_ih{suffix}"), (module, f"weight_hh{suffix}")]
+    if isinstance(module, nn.RNNBase):
+        weights = [(module, name) for names in module._all_weights for name in names]
+    elif isinstance(module, nn.RNNCellBase):
+        weights = [(module, "weight_ih"), (module, "weight_hh")]
     if masked is MaskedMultiheadAttention:
         weights = [(module, "in_proj_weight"), (module.get_submodule("out_proj"), "weight")]
     if any(name not in owner._parameters for owner, name in weights):
@@ -225,6 +226,19 @@ def _find_layers(
     if left:
         warnings.warn(f"mask_model leaves these layers unmasked: {', '.join(left)}", stacklevel=3)
     return chosen
+
+
+def maskable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What `mask_model` masks of a plain model unless told otherwise, by name; tied ones once."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, (module, _) in _find_layers(model, None, (), False).items():
+        for leaf in names_to_mask(module, False):
+            parameter = module.get_parameter(leaf)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{leaf}" if name else leaf] = parameter
+    return found
 
 
 def _below(
@@ -373,8 +387,18 @@ def mask_model(
     outer, model = model, unwrapped(model)
     names = name_sets(sets)
     rule = resolve(estimator)
-    check_mode(eval_mode)
+    check_mode(eval_mode, "eval_mode")
+    if eval_tau is not None:
+        check_tau(eval_tau, "eval_tau")
+    if not isinstance(batch_dim, int):
+        raise ValueError(f"batch_dim: expected an integer, got {batch_dim!r}")
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a callable(name, module), got {type(filter).__name__}")
+    if not isinstance(also, Iterable) or not all(isinstance(kind, type) for kind in also):
+        raise TypeError(f"also: expected a list of types of modules, got {also!r}")
     tau = rule.default_tau if tau is None else tau
+    check_tau(tau, "tau")
+    check_init(init)
     masked = find_masked_layers(model)
     if masked:
         raise ValueError(f"model: expected no masked layers, found {next(iter(masked))!r} masked")

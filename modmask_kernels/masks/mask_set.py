@@ -499,7 +499,9 @@ def masked_places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tupl
     for name in names:
         prefix, _, leaf = name.rpartition(".")
         masked = model.get_submodule(prefix)._parameters.get(leaf)
-        found[name] = places.get(id(masked), [(prefix, leaf)])
+        of_layers = places.get(id(masked), [])
+        # its own place too: an embedding that `also` named may share the weight of a layer
+        found[name] = of_layers if (prefix, leaf) in of_layers else [(prefix, leaf), *of_layers]
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -22,11 +22,23 @@ MODES: tuple[str, ...] = get_args(Mode)
 Layer = TypeVar("Layer", bound="MaskedModule")
 
 
-def check_mode(mode: object) -> None:
+def check_mode(mode: object, name: str = "mode") -> None:
     """Raise ValueError unless `mode` is one of the modes of a masked layer, or None."""
     if mode is not None and mode not in MODES:
         expected = ", ".join(repr(m) for m in MODES)
-        raise ValueError(f"mode: expected {expected} or None, got {mode!r}")
+        raise ValueError(f"{name}: expected {expected} or None, got {mode!r}")
+
+
+def check_tau(tau: object, name: str) -> None:
+    """Raise ValueError unless `tau` is a temperature."""
+    if not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {tau!r}")
+
+
+def check_init(init: object) -> None:
+    """Raise ValueError unless `init` can be the value of logits."""
+    if not isinstance(init, (int, float)) or math.isnan(init):
+        raise ValueError(f"init: expected a number, got {init!r}")
 
 
 def name_sets(sets: int | Sequence[str]) -> tuple[str, ...]:
@@ -37,7 +49,7 @@ def name_sets(sets: int | Sequence[str]) -> tuple[str, ...]:
         if sets < 1:
             raise ValueError(f"sets: expected at least 1, got {sets}")
         return tuple(str(s) for s in range(sets))
-    names = tuple(sets)
+    names = tuple(sets) if isinstance(sets, Iterable) else ()
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"sets: expected a number or a list of non-empty names, got {sets!r}")
     if len(set(names)) != len(names):
@@ -111,8 +123,8 @@ class MaskedModule(nn.Module):
         self.set_names = name_sets(sets)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
-        if not tau > 0 or not math.isfinite(tau):
-            raise ValueError(f"tau: expected a positive number, got {tau!r}")
+        check_tau(tau, "tau")
+        check_init(init)
         self.samples = samples
         self.tau = float(tau)
         self.init = float(init)
@@ -163,19 +175,23 @@ class MaskedModule(nn.Module):
         """A new plain layer with the threshold masks of `set` (see `kept`) multiplied in."""
         index = self.set_index(set)
         dense = self.dense_shell()
+        masked_name = {id(self._parameter(name)): name for name in self.masked}
+        made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
         with torch.no_grad():
             for name, _ in list(dense.named_parameters(remove_duplicate=False)):
                 parameter = self._parameter(name)
-                values = parameter.detach()
-                if name in self.masked:
-                    kept = expand_blocks(self.kept(name, index), values.shape)
-                    values = values.masked_fill(~kept, 0)
-                else:
-                    values = values.clone()
+                new = made.get(id(parameter))
+                if new is None:
+                    values = parameter.detach()
+                    if id(parameter) in masked_name:
+                        kept = self.kept(masked_name[id(parameter)], index)
+                        values = values.masked_fill(~expand_blocks(kept, values.shape), 0)
+                    else:
+                        values = values.clone()
+                    new = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                    made[id(parameter)] = new
                 prefix, _, leaf = name.rpartition(".")
-                dense.get_submodule(prefix).register_parameter(
-                    leaf, nn.Parameter(values, requires_grad=parameter.requires_grad)
-                )
+                dense.get_submodule(prefix).register_parameter(leaf, new)
         return dense.train(self.training)
 
     @property

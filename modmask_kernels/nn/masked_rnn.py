@@ -106,6 +106,17 @@ class _MaskedRecurrent(MaskedModule):
             for g in range(self._groups(seed))
         ]
 
+    def _check_states(self, hx: State | None) -> None:
+        """Raise unless there are as many states as the plain module takes."""
+        if hx is None:
+            return
+        if not isinstance(hx, (tuple, list)) or not all(isinstance(h, Tensor) for h in hx):
+            expected = "a tensor" if self.states == 1 else f"{self.states} tensors"
+            got = hx[0] if self.states == 1 else hx
+            raise TypeError(f"hx: expected {expected}, got {type(got).__name__}")
+        if len(hx) != self.states:
+            raise ValueError(f"hx: expected {self.states} states, got {len(hx)}")
+
     def _parameters_of(self, plain: nn.Module) -> dict[str, Tensor]:
         """What a shell of the plain module reads, unmasked."""
         return {
@@ -174,6 +185,7 @@ class _MaskedRNNLayer(_MaskedRecurrent):
     def _forward(
         self, x: Tensor | PackedSequence, hx: State | None
     ) -> tuple[Tensor | PackedSequence, State]:
+        self._check_states(hx)
         if isinstance(x, PackedSequence):
             padded, lengths = pad_packed_sequence(x)
             padded, last = self._run(padded, hx, lengths)
@@ -232,8 +244,6 @@ class _MaskedRNNLayer(_MaskedRecurrent):
             )
         if hx is None:
             return
-        if len(hx) != self.states:
-            raise ValueError(f"hx: expected {self.states} states, got {len(hx)}")
         directions = 2 if self.bidirectional else 1
         for n, h in enumerate(hx):
             size = self.proj_size if self.proj_size and n == 0 else self.hidden_size
@@ -605,6 +615,7 @@ class _MaskedCell(_MaskedRecurrent):
         return plain
 
     def _step(self, x: Tensor, hx: State | None) -> State:
+        self._check_states(hx)
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"input: expected shape [batch, {self.input_size}] or [{self.input_size}], "
@@ -613,7 +624,7 @@ class _MaskedCell(_MaskedRecurrent):
         if x.dim() == 1:
             states = None if hx is None else tuple(h.unsqueeze(0) for h in hx)
             return tuple(h.squeeze(0) for h in self._step(x.unsqueeze(0), states))
-        for h in hx or ():
+        for h in () if hx is None else hx:
             if list(h.shape) != [x.shape[0], self.hidden_size]:
                 raise ValueError(
                     f"hx: expected shape {[x.shape[0], self.hidden_size]}, got {list(h.shape)}"

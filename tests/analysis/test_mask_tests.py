@@ -171,3 +171,13 @@ def test_half_mask_test(model):
     assert result.early_drop["sum"] == result.whole["sum"] - result.early_masked["sum"]
     assert result.late_drop["sum"] == result.whole["sum"] - result.late_masked["sum"]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_half_masks_of_wrapped_and_tied_networks():
+    first, last = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    middle = nn.Linear(4, 4, bias=False)
+    middle.weight = first.weight
+    model = nn.DataParallel(nn.Sequential(middle, last))
+    masks = {name: torch.ones(4, 4, dtype=torch.bool) for name in ("0.weight", "1.weight")}
+    result = analysis.half_mask_test(model, masks, lambda net: {"zero": 0.0})
+    assert (result.early, result.late) == (["0.weight"], ["1.weight"])

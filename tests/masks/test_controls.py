@@ -77,3 +77,34 @@ def test_wrong_input():
     ):
         with pytest.raises(ValueError, match=message):
             mm.masks.magnitude_masks(model, **wrong)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.LSTM(3, 4, 2), nn.GRUCell(4, 4)),
+        lambda: nn.TransformerEncoderLayer(8, 2, 8),
+        Tied,
+    ],
+    ids=["recurrent", "attention", "tied"],
+)
+def test_a_plain_model_gets_the_masks_of_a_masked_one(kind, make):
+    torch.manual_seed(0)
+    plain = make()
+    masks = MAKERS[kind](plain, 0.5)
+    matched = MAKERS[kind](plain, masks)
+    model = mm.mask_model(plain)
+    assert masks.names == mm.MaskSet.from_model(model).names
+    assert masks.density() == pytest.approx(0.5, abs=0.01)
+    assert matched.counts() == MAKERS[kind](model, masks).counts() == masks.counts()
+    masks.apply(model)
+    assert mm.MaskSet.from_model(model) == masks

@@ -218,6 +218,7 @@ def test_what_cannot_be_masked_is_named_in_a_warning():
         Plain(6, 6),
         nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
         nn.MultiheadAttention(6, 2),
+        nn.utils.parametrizations.weight_norm(nn.LSTM(6, 6, 2), "weight_hh_l1"),
     )
     with pytest.warns(UserWarning, match="unmasked") as caught:
         mask_model(model, filter=lambda name, module: name != "3")
@@ -225,6 +226,7 @@ def test_what_cannot_be_masked_is_named_in_a_warning():
     assert "'0' (Own has its own forward)" in message
     assert "'2' (its weight is computed" in message
     assert "'3.out_proj' (torch.nn.MultiheadAttention" in message
+    assert "'4' (its weight is computed" in message
     assert list(masked_layers(model)) == ["1"]
     assert type(unmask_model(model)[1]) is Plain
     with warnings.catch_warnings():
@@ -376,6 +378,21 @@ def test_wrong_calls_are_refused():
         mask_model(mlp(), estimator="nobody")
     with pytest.raises(ValueError, match="sets: expected distinct names"):
         mask_model(mlp(), sets=["add", "add"])
+    for message, options in {
+        "sets: expected a number or a list of non-empty names, got 1.5": {"sets": 1.5},
+        "tau: expected a positive number, got 'a'": {"tau": "a"},
+        "init: expected a number, got nan": {"init": float("nan")},
+        "eval_mode: expected .* got 'x'": {"eval_mode": "x"},
+        "eval_tau: expected a positive number, got -1": {"eval_tau": -1},
+        "batch_dim: expected an integer, got 0.5": {"batch_dim": 0.5},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            mask_model(mlp(), **options)
+    with pytest.raises(TypeError, match="filter: expected a callable"):
+        mask_model(mlp(), filter="0")
+    for also in (nn.LayerNorm, ["LayerNorm"]):
+        with pytest.raises(TypeError, match="also: expected a list of types of modules"):
+            mask_model(mlp(), also=also)
     with pytest.raises(ValueError, match="found '0' masked"):
         mask_model(mask_model(mlp()))
     with pytest.raises(ValueError, match="run the model once"):

@@ -527,3 +527,54 @@ def test_explain_says_what_it_costs():
         "1: general path (8 calls of LayerNorm per batch, each with a masked copy of 8 values, "
         "32 bytes)"
     )
+
+
+class Twice(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def test_tied_parameters_have_one_mask_and_stay_tied():
+    torch.manual_seed(0)
+    layer = MaskedAny.from_dense(Twice())
+    assert layer.masked == ("first.weight",)
+    with torch.no_grad():
+        layer.logits_of("first.weight").normal_()
+    dense = layer.to_dense()
+    assert dense.first.weight is dense.second.weight
+    layer.mode = "threshold"
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+def test_a_tied_embedding_that_is_masked_too():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4)
+            self.head = nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens))
+
+    torch.manual_seed(0)
+    plain = Tied()
+    model = mm.mask_model(copy.deepcopy(plain), also=[nn.Embedding]).eval()
+    with torch.no_grad():
+        model.embedding.weight_logits.normal_()
+    masks, tokens = mm.MaskSet.from_model(model), torch.arange(9)
+    assert masks.names == ["embedding.weight"]
+    expected = model(tokens)
+    for network in (model, plain):
+        torch.testing.assert_close(masks.bake(network)(tokens), expected)
+        chooser = mm.select_masks(network, {"a": masks, "b": ~masks})
+        with torch.no_grad(), mm.use_sets(chooser, "a"):
+            torch.testing.assert_close(chooser(tokens), expected)

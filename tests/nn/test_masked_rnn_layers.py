@@ -341,6 +341,18 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             layer(x, hx)
+    h = torch.zeros(2, 7)
+    cell, gru = mm.MaskedLSTMCell(5, 7), mm.MaskedGRUCell(5, 7)
+    for hx, kind, message in [
+        ((h,), ValueError, r"hx: expected 2 states, got 1"),
+        ((h, h, h), ValueError, r"hx: expected 2 states, got 3"),
+        (h, TypeError, r"hx: expected 2 tensors, got Tensor"),
+    ]:
+        with pytest.raises(kind, match=message):
+            cell(torch.zeros(2, 5), hx)
+    for layer, x in ((gru, torch.zeros(2, 5)), (mm.MaskedGRU(5, 7), torch.zeros(3, 2, 5))):
+        with pytest.raises(TypeError, match=r"hx: expected a tensor, got tuple"):
+            layer(x, (h,))
     with pytest.raises(ValueError, match=r"mask_bias: expected False"):
         mm.MaskedGRU(5, 7, bias=False, mask_bias=True)
     with pytest.raises(TypeError, match=r"module: expected a torch\.nn\.LSTM, got GRU"):
