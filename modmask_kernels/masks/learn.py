@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import operator
 import os
 import signal
@@ -61,6 +62,10 @@ def _integer(value: SupportsIndex, argument: str, least: int | None = None) -> i
     if least is not None and number < least:
         raise ValueError(f"{argument}: expected at least {least}, got {number}")
     return number
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1
 
 
 @contextlib.contextmanager
@@ -140,7 +145,8 @@ def _choose(
         chosen = range(first.sets) if sets is None else sets
         if not callable(data) or len(chosen) != 1:
             raise TypeError(
-                f"data: expected a mapping from set name to callable, got {type(data).__name__}"
+                "data: expected a mapping from set name to callable (a bare callable serves one "
+                f"set only, here are {len(chosen)}), got {type(data).__name__}"
             )
         return {first.set_names[first.set_index(chosen[0])]: data}
     try:
@@ -281,11 +287,10 @@ def learn_masks(
     batch_dim = _integer(batch_dim, "batch_dim", 0)
     if mode not in LEARNING_MODES:
         raise ValueError(f"mode: expected one of {list(LEARNING_MODES)}, got {mode!r}")
-    beta1, beta2 = betas
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(map(_is_share, betas)):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps!r}")
     if resume and checkpoint is None:
         raise ValueError("resume: expected a checkpoint to resume from, got checkpoint=None")
 
@@ -293,13 +298,15 @@ def learn_masks(
         raise ValueError(f"penalty_form: expected one of {list(PENALTIES)}, got {penalty_form!r}")
     if tau is not None and not callable(tau):
         raise TypeError(f"tau: expected a callable(step), got {type(tau).__name__}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable(step, rows), got {type(callback).__name__}")
     settings = Settings(
         lr=lr,
         penalty=penalty,
         grad_clip=grad_clip,
         union_clip=union_clip,
         seed=seed,
-        betas=(float(beta1), float(beta2)),
+        betas=(float(betas[0]), float(betas[1])),
         eps=float(eps),
         mode=mode,
         batch_dim=batch_dim,

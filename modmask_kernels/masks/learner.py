@@ -227,8 +227,7 @@ class Learner:
                     "data: sets learned together need batches of one size, "
                     f"got {got} at step {step}"
                 )
-            if step == 0:
-                self.ranks.check_sizes(sizes, step)
+            self.ranks.check_sizes(sizes, step, self.device)
             output = call_model(_inside_ddp(self.model), join(inputs, dim, step))
             outputs = cut(output, len(sizes), sizes[0], dim)
             losses = [
@@ -393,13 +392,15 @@ class Learner:
         """What a checkpoint must agree on with the run that goes on from it."""
         if self._weight_hash is None:
             self._weight_hash = weight_hash(self.model)
+        layers = self.layers.values()
         return {
             "sets": [stream.name for stream in self.streams],
             "seed": self.settings.seed,
             "learning": [self.describe(stream) for stream in self.streams],
             "samples": self.samples,
             "tau": self.taus,
-            "estimator": [list(layer.estimator) for layer in self.layers.values()],
+            "estimator": [list(layer.estimator) for layer in layers],
+            **({"antithetic": True} if any(layer.antithetic for layer in layers) else {}),
             "batch_dim": self.settings.batch_dim,
             "tensors": {
                 n: [t.tensor_id, *t.parameter.shape, *_granularity(t)]
@@ -440,9 +441,11 @@ class Learner:
         }
 
     def _check_identity(self, state: Mapping[str, Any]) -> None:
-        identity = state.get("identity")
-        for name, value in self.identity().items():
-            found = identity.get(name) if isinstance(identity, dict) else None
+        given = state.get("identity")
+        identity: Mapping[Any, Any] = given if isinstance(given, dict) else {}
+        own = self.identity()
+        for name in [*own, *(name for name in identity if name not in own)]:
+            found, value = identity.get(name), own.get(name)
             if found != value:
                 raise ValueError(
                     f"resume: the checkpoint is of another run: its {name} is {found!r}, "

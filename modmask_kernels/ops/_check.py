@@ -18,6 +18,11 @@ def check_tensors(**given: object) -> None:
             raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
 
 
+def check_optional_tensors(**given: object) -> None:
+    """Every argument is a tensor or None."""
+    check_tensors(**{name: t for name, t in given.items() if t is not None})
+
+
 def check_seed(seed: Tensor | None, sets: int | None, like: Tensor, like_name: str) -> None:
     """`seed` is an int64 tensor of shape [] or [sets] on the device of `like`."""
     if seed is None:
@@ -39,6 +44,8 @@ def check_seed(seed: Tensor | None, sets: int | None, like: Tensor, like_name: s
 
 def check_draw(samples: int, tau: float, tensor_id: int, sample_offset: int, offset: int) -> None:
     """The scalar arguments that say which masks are drawn."""
+    if not isinstance(samples, int):
+        raise TypeError(f"samples must be an integer, not {samples!r}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     if not tau > 0 or tau == float("inf"):

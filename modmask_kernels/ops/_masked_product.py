@@ -275,6 +275,7 @@ def check_parameters(
 
     `outputs`: length of the bias, where it is not the first dimension of weight.
     """
+    _check.check_optional_tensors(bias=bias, bias_logits=bias_logits)
     dims = weight.dim()
     if logits.dim() == dims:
         logits = logits.unsqueeze(0)

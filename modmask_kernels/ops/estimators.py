@@ -7,6 +7,7 @@ Operations and layers take `estimator` as one of these, or as a name for its pub
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -158,10 +159,14 @@ def of_settings(settings: Mapping[str, Any]) -> Estimator:
     Raises:
         ValueError: for settings that describe none.
     """
-    chosen = resolve(settings.get("estimator", "gumbel_sigmoid"))
+    name = settings.get("estimator", "gumbel_sigmoid")
+    if not isinstance(name, str):
+        raise ValueError(f"estimator: expected a name, got {str(name)[:80]}")
+    chosen = resolve(name)
     options = settings.get("estimator_options", {})
     if not isinstance(options, Mapping) or not all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in options.values()
+        isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+        for value in options.values()
     ):
         raise ValueError(f"estimator_options: expected numbers by name, got {str(options)[:80]}")
     numbers: dict[str, Any] = {

@@ -131,11 +131,16 @@ def main() -> None:
             mm.learn_masks(cause, loss, data, 1, progress=False, **options)
         except ValueError as error:
             results[name] = str(error)
-    try:
-        sizes = {"a": lambda step, g: tuple(t[: 4 * (RANK + 1)] for t in joint(step, g))}
-        mm.learn_masks(network(), loss, sizes, 1, progress=False)
-    except ValueError as error:
-        results["sizes"] = str(error)
+    for wrong in (0, 2):  # the step whose batches differ
+        try:
+            sizes = {
+                "a": lambda step, g, wrong=wrong: tuple(
+                    t[: 4 * (1 + RANK * (step == wrong))] for t in joint(step, g)
+                )
+            }
+            mm.learn_masks(network(), loss, sizes, 4, progress=False)
+        except ValueError as error:
+            results[f"sizes of step {wrong}"] = str(error)
     alone = network()
     torch.nn.init.constant_(logits_of(alone)[0], 0.3 + RANK)
     mm.learn_masks(alone, loss, {"a": joint}, 1, progress=False, data_parallel=False)

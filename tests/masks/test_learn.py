@@ -701,7 +701,9 @@ def test_wrong_settings_are_named():
         "grad_clip: expected a positive number, got -1": {"grad_clip": -1.0},
         "mode: expected one of": {"mode": "threshold"},
         "betas: expected two numbers": {"betas": (0.9, 1.0)},
-        "eps: expected a number": {"eps": -1.0},
+        "eps: expected a finite number of at least 0, got -1": {"eps": -1.0},
+        "eps: expected a finite number of at least 0, got 'a'": {"eps": "a"},
+        "betas: expected two numbers in .* got 5": {"betas": 5},
         "callback_every: expected": {"callback_every": 0},
         "checkpoint_every: expected": {"checkpoint_every": 0},
         "batch_dim: expected": {"batch_dim": -1},
@@ -733,6 +735,8 @@ def test_wrong_settings_are_named():
         learn_masks(model, torch.nn.CrossEntropyLoss(), {"add": DATA["add"]}, 1)
     with pytest.raises(TypeError, match="loss: expected a callable for set 'add'"):
         learn_masks(model, {"control": loss}, {"add": DATA["add"]}, 1)
+    with pytest.raises(TypeError, match=r"callback: expected a callable\(step, rows\), got int"):
+        learn(model, callback=5)
     model[0].samples = 4
     with pytest.raises(ValueError, match="one number of samples, got 4 in '0' and 2 in '2'"):
         learn(model)

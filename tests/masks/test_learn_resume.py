@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import modmask_kernels
-from modmask_kernels.masks import learn_masks, mask_model
+from modmask_kernels.masks import learn_masks, mask_model, masked_layers
 from modmask_kernels.masks.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(modmask_kernels.__file__).parents[1]
@@ -205,6 +205,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, options):
         learn(model, data(), checkpoint=path, resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert model.training
+
+
+def test_a_checkpoint_of_another_noise_or_number_of_processes_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    for first in (False, True):
+        model, other = masked(), masked()
+        for layer in masked_layers(model if first else other).values():
+            layer.antithetic = True
+        learn(model, data(), steps=3, checkpoint=path)
+        with pytest.raises(ValueError, match="another run: its antithetic"):
+            learn(other, data(), checkpoint=path, resume=True)
+    state = load_checkpoint(path)
+    state["identity"]["processes"] = 2
+    save_checkpoint(path, state)
+    with pytest.raises(ValueError, match="another run: its processes is 2, now None"):
+        learn(model, data(), checkpoint=path, resume=True)
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path):

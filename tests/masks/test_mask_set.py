@@ -337,6 +337,10 @@ def rewritten(path, change):
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
+def settings(metadata, **values):
+    metadata.update(provenance=json.dumps({"settings": values}))
+
+
 DAMAGES = {
     "format: expected": lambda m, t: m.pop("format"),
     "another version": lambda m, t: m.update(format_version="99"),
@@ -364,6 +368,11 @@ DAMAGES = {
     "bits are set beyond its 30": lambda m, t: t["mask/0.weight"][-1].fill_(255),
     "holds NaN": lambda m, t: t["logits/0.weight"].fill_(float("nan")),
     "contradicts its mask": lambda m, t: t["logits/0.weight"].neg_(),
+    "estimator: expected a name, got 5": lambda m, t: settings(m, estimator=5),
+    "estimator: expected one of": lambda m, t: settings(m, estimator="nobody"),
+    "estimator_options: expected numbers": lambda m, t: settings(
+        m, estimator="threshold", estimator_options={"value": 10**400}
+    ),
 }
 
 

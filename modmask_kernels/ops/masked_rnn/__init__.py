@@ -188,6 +188,15 @@ def _masked_rnn(
     _check.check_tensors(
         x=x, weight_ih=weight_ih, weight_hh=weight_hh, logits_ih=logits_ih, logits_hh=logits_hh
     )
+    _check.check_optional_tensors(
+        bias_ih=bias_ih,
+        bias_hh=bias_hh,
+        bias_logits_ih=bias_logits_ih,
+        bias_logits_hh=bias_logits_hh,
+        h0=h0,
+        c0=c0,
+        lengths=lengths,
+    )
     x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = lowered(  # type: ignore[assignment]
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0
     )
@@ -239,6 +248,13 @@ def _masked_rnn(
         (lengths, "lengths", (batch,), (torch.int64,)),
     ):
         _check_parameter(t, name, shape, x, dtypes)
+    if lengths is not None and batch and not (_library.traced() or lengths.is_meta):
+        low, high = (int(n) for n in lengths.aminmax())
+        if low < 0 or high > x.shape[0]:
+            raise ValueError(
+                f"lengths must be from 0 to {x.shape[0]}, the number of steps, "
+                f"not {low if low < 0 else high}"
+            )
     for bias, logits, name in (
         (bias_ih, bias_logits_ih, "bias_logits_ih"),
         (bias_hh, bias_logits_hh, "bias_logits_hh"),

@@ -82,6 +82,7 @@ def _check_selection(
     batch: int,
 ) -> None:
     """Raise unless everything but the shapes of x and weight fits."""
+    _check.check_optional_tensors(bias=bias, bias_masks=bias_masks)
     if not x.is_floating_point():
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
     for t, name in ((weight, "weight"), (bias, "bias")):
