@@ -82,14 +82,15 @@ inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
 // operand on the CPU is enough to get here, so each is asked.
 class Contiguous {
  public:
-  explicit Contiguous(const std::optional<Tensor>& t) : tensor_(t) {
+  // `as_it_is`: of a tensor whose values lie as they should.
+  explicit Contiguous(const std::optional<Tensor>& t, bool as_it_is = false) : tensor_(t) {
     if (!t.has_value()) {
       return;
     }
     int32_t device;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t->get(), &device));
     STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "all tensors must be on the CPU");
-    if (!t->is_contiguous()) {
+    if (!as_it_is && !t->is_contiguous()) {
       tensor_ = torch::stable::contiguous(*t);
     }
   }
@@ -106,6 +107,20 @@ class Contiguous {
   std::optional<Tensor> tensor_;
 };
 
+// Whether logits [sets, ...] of so many dimensions are those of one set, expanded.
+inline bool are_shared(const Tensor& logits, int64_t dims) {
+  if (logits.dim() != dims || logits.size(0) < 2 || logits.stride(0) != 0) {
+    return false;
+  }
+  int64_t step = 1;
+  for (int64_t d = dims - 1; d > 0; step *= logits.size(d--)) {
+    if (logits.size(d) != 1 && logits.stride(d) != step) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // How masks follow from logits and noise, as the schemas say it.
 struct EstimatorArguments {
   int64_t code;
@@ -115,7 +130,7 @@ struct EstimatorArguments {
   bool antithetic;
 };
 
-// `seed` is int64, of shape [] or [sets], or absent where there is no noise.
+// `seed` is int64, of shape [], [sets] or [sets, draws], or absent where there is no noise.
 inline MaskSpec mask_spec(
     const std::optional<Tensor>& seed,
     const Contiguous& seed_data,
@@ -132,13 +147,15 @@ inline MaskSpec mask_spec(
   if (seed.has_value()) {
     STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64");
     STD_TORCH_CHECK(
-        seed->dim() == 0 || (seed->dim() == 1 && seed->size(0) == sets),
+        seed->dim() == 0 || (seed->dim() <= 2 && seed->size(0) == sets),
         "seed must have shape [] or [sets] with sets = ", sets);
     spec.seeds = static_cast<const int64_t*>(seed_data.data());
-    spec.seed_stride = seed->dim();
+    spec.draws = seed->dim() == 2 ? seed->size(1) : 1;
+    STD_TORCH_CHECK(spec.draws > 0, "seed must not be empty");
+    spec.seed_stride = seed->dim() == 0 ? 0 : spec.draws;
   }
   spec.sets = sets;
-  spec.samples = seed.has_value() ? samples : 1;
+  spec.samples = seed.has_value() ? spec.draws * samples : 1;
   spec.sample_offset = sample_offset;
   spec.element_offset = element_offset;
   spec.tensor_id = tensor_id;
@@ -156,13 +173,15 @@ inline MaskSpec mask_spec(
 // The cuts of top_k masks, in memory for as long as the spec points to them.
 class CutStore {
  public:
-  // For one parameter, of `count` logits per set. To be called before any copy of the spec is used.
+  // For one parameter, of `count` logits per set, or in all where the sets share them. To be called
+  // before any copy of the spec is used.
   void add(
       MaskSpec& spec,
       const EstimatorArguments& estimator,
       int64_t tensor_id,
       const float* logits,
-      int64_t count) {
+      int64_t count,
+      bool shared = false) {
     if (spec.estimator != Estimator::kTopK || logits == nullptr) {
       return;
     }
@@ -175,6 +194,10 @@ class CutStore {
     std::vector<Cut>& cuts = cuts_[size_];
     cuts.resize(static_cast<size_t>(spec.sets));
     for (int64_t set = 0; set < spec.sets; ++set) {
+      if (shared && set > 0) {
+        cuts[static_cast<size_t>(set)] = cuts[0];
+        continue;
+      }
       STD_TORCH_CHECK(
           active_kernels().top_k_cut(
               logits + set * count, count, count - dropped, &cuts[static_cast<size_t>(set)],

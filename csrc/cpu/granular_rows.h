@@ -17,6 +17,11 @@ inline int64_t logit_count(const LogitLayout& l, int64_t out, int64_t in) {
   return has_blocks(l) ? out / l.rows * l.width : out * in;
 }
 
+inline const float* logits_of_set(
+    const MaskSpec& spec, const float* logits, int64_t set, int64_t out, int64_t in) {
+  return spec.shared ? logits : logits + set * logit_count(spec.layout, out, in);
+}
+
 // Masks and slopes of columns [i0, i0 + n) of one row of the weight after another: one value per
 // weight in `values` and `slopes`, zeros from n up to padded(n).
 template <bool kHard, bool kSlope>

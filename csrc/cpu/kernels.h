@@ -42,10 +42,10 @@ struct LogitLayout {
 
 // How the masks of one parameter are drawn. Group g = set * samples + sample.
 struct MaskSpec {
-  const int64_t* seeds;  // [sets], or one seed with seed_stride 0, or null: threshold logit > 0
+  const int64_t* seeds;  // [sets, draws], or one with seed_stride 0, or null: threshold logit > 0
   int64_t seed_stride;
   int64_t sets;
-  int64_t samples;
+  int64_t samples;  // of all draws of a set
   int64_t sample_offset;
   int64_t element_offset;
   int64_t tensor_id;
@@ -60,6 +60,8 @@ struct MaskSpec {
   const Cuts* cuts;  // kTopK: of every parameter
   int64_t cut_count;
   LogitLayout layout;
+  int64_t draws = 1;    // seeds of each set, which share its samples equally, one after the other
+  bool shared = false;  // all sets have the logits of the first one
 };
 
 struct LinearProblem {

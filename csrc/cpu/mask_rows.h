@@ -164,10 +164,12 @@ class RowMasks {
       : silent_(
             spec.seeds == nullptr || (spec.estimator != Estimator::kGumbelSigmoid &&
                                       spec.estimator != Estimator::kHardConcrete)),
-        flipped_(!silent_ && spec.antithetic && ((spec.sample_offset + sample) & 1) != 0),
+        draw_(spec.draws > 1 ? sample * spec.draws / spec.samples : 0),
+        sample_(spec.sample_offset + sample - draw_ * (spec.samples / spec.draws)),
+        flipped_(!silent_ && spec.antithetic && (sample_ & 1) != 0),
         stream_(
-            silent_ ? 0 : static_cast<uint64_t>(spec.seeds[set * spec.seed_stride]),
-            static_cast<uint32_t>((spec.sample_offset + sample) >> (spec.antithetic ? 1 : 0)),
+            silent_ ? 0 : static_cast<uint64_t>(spec.seeds[set * spec.seed_stride + draw_]),
+            static_cast<uint32_t>(sample_ >> (spec.antithetic ? 1 : 0)),
             static_cast<uint32_t>(tensor_id)) {
     switch (spec.estimator) {
       case Estimator::kGumbelSigmoid:
@@ -206,6 +208,8 @@ class RowMasks {
 
  private:
   bool silent_;
+  int64_t draw_;
+  int64_t sample_;
   bool flipped_;
   const MaskSpec* special_ = nullptr;
   Cut cut_{};

@@ -39,7 +39,7 @@ struct ConvArguments {
       const std::vector<int64_t>& n_of_m)
       : x(x_),
         weight(weight_),
-        logits(logits_),
+        logits(logits_, are_shared(logits_, weight_.dim() + 1)),
         bias(bias_),
         bias_logits(bias_logits_),
         seed(seed_),
@@ -60,7 +60,10 @@ struct ConvArguments {
     }
     problem.mask = mask_spec(
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
-    cuts.add(problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets);
+    problem.mask.shared = are_shared(logits_, weight_.dim() + 1);
+    cuts.add(
+        problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets,
+        problem.mask.shared);
     cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), outputs);
     problem.mask.layout = layout.layout;
     const int64_t parts = sets * problem.mask.samples;

@@ -512,7 +512,7 @@ void conv_forward(const ConvProblem& p, T* y, const Runner& runner) {
     const int64_t o_count = rows.first(row_block + 1) - rows.first(row_block);
     const int64_t first_block = slice * pixels.count() / slices;
     const int64_t last_block = (slice + 1) * pixels.count() / slices;
-    const float* logits = p.logits + set * logit_count(spec.layout, p.outputs, s.depth);
+    const float* logits = logits_of_set(spec, p.logits, set, p.outputs, s.depth);
     const float* each = has_blocks(spec.layout) ? nullptr : logits;  // one per weight
 
     thread_local Scratch scratch;
@@ -791,7 +791,7 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
           std::fill(tile.dweight, tile.dweight + tile.o_count * step, 0.0f);
         }
         for (int64_t set = first_set; set < first_set + sets_each; ++set) {
-          const float* logits = p.logits + set * logit_count(spec.layout, p.outputs, s.depth);
+          const float* logits = logits_of_set(spec, p.logits, set, p.outputs, s.depth);
           load_tile(
               weight, blocks ? nullptr : logits, s.depth, o0, tile.o_count, c0 * s.kernel, depth,
               step, tile.wide, tile.exps);

@@ -35,7 +35,7 @@ struct Arguments {
       const std::vector<int64_t>& n_of_m)
       : x(x_),
         weight(weight_),
-        logits(logits_),
+        logits(logits_, are_shared(logits_, weight_.dim() + 1)),
         bias(bias_),
         bias_logits(bias_logits_),
         seed(seed_),
@@ -58,7 +58,10 @@ struct Arguments {
     }
     problem.mask = mask_spec(
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
-    cuts.add(problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets);
+    problem.mask.shared = are_shared(logits_, weight_.dim() + 1);
+    cuts.add(
+        problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets,
+        problem.mask.shared);
     cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), out);
     problem.mask.layout = layout.layout;
     int64_t all_rows = 1;

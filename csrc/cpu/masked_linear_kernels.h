@@ -367,7 +367,7 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   run_tasks(runner, spec.sets * blocks.count, cost, [&](int64_t t) {
     const int64_t set = t / blocks.count, block = t % blocks.count;
     const int64_t o0 = blocks.first(block), o_count = blocks.first(block + 1) - o0;
-    const float* logits = p.logits + set * logit_count(spec.layout, out, in);
+    const float* logits = logits_of_set(spec, p.logits, set, out, in);
     const float* each = has_blocks(spec.layout) ? nullptr : logits;  // one per weight
     thread_local Scratch scratch;
     const auto lease = scratch.reserve(
@@ -730,7 +730,7 @@ void linear_gradients(
           std::fill(tile.dweight, tile.dweight + tile.o_count * step, 0.0f);
         }
         for (int64_t set = first_set; set < first_set + sets_each; ++set) {
-          const float* logits = p.logits + set * logit_count(spec.layout, out, in);
+          const float* logits = logits_of_set(spec, p.logits, set, out, in);
           const float* each = blocks ? nullptr : logits;  // one per weight
           load_tile(
               weight, each, in, o0, tile.o_count, i0, tile.i_count, step, tile.wide, tile.exps);

@@ -10,6 +10,10 @@ namespace modmask {
 namespace {
 
 // With a seed per set, the first dimension of the logits is the sets; else there is one set.
+bool has_sets(const std::optional<Tensor>& seed) {
+  return seed.has_value() && seed->dim() > 0;
+}
+
 struct SampleArguments {
   Contiguous logits, seed;
   CutStore cuts;
@@ -26,9 +30,9 @@ struct SampleArguments {
       double tau,
       bool hard,
       const EstimatorArguments& estimator)
-      : logits(logits_), seed(seed_) {
+      : logits(logits_, has_sets(seed_) && are_shared(logits_, logits_.dim())), seed(seed_) {
     check_float32(logits_, "logits");
-    const bool per_set = seed_.has_value() && seed_->dim() > 0;
+    const bool per_set = has_sets(seed_);
     const int64_t sets = per_set ? seed_->size(0) : 1;
     STD_TORCH_CHECK(
         !per_set || (logits_.dim() > 0 && logits_.size(0) == sets),
@@ -36,7 +40,8 @@ struct SampleArguments {
     spec = mask_spec(
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
     count = sets > 0 ? logits_.numel() / sets : 0;
-    cuts.add(spec, estimator, tensor_id, logits.floats(), count);
+    spec.shared = per_set && are_shared(logits_, logits_.dim());
+    cuts.add(spec, estimator, tensor_id, logits.floats(), count, spec.shared);
   }
 };
 
@@ -86,7 +91,7 @@ Tensor sample_mask_packed(
       logits, seed, samples, tensor_id, sample_offset, element_offset, 1.0, true,
       {estimator, low, high, clamp, antithetic});
   std::vector<int64_t> shape{a.spec.samples};
-  if (seed.has_value() && seed->dim() == 1) {
+  if (has_sets(seed)) {
     shape.push_back(a.spec.sets);
   }
   shape.push_back((a.count + 7) / 8);

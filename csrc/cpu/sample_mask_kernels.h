@@ -19,7 +19,7 @@ void for_sample_blocks(
         scratch.reserve(Scratch::need(kSampleBlock) + Scratch::need(words_needed(kSampleBlock)));
     float* exps = scratch.floats(kSampleBlock);
     uint32_t* words = scratch.words(words_needed(kSampleBlock));
-    const float* from = logits + set * count + first;
+    const float* from = logits + (spec.shared ? 0 : set * count) + first;
     exp_minus_row(from, n, exps);
     for (int64_t k = 0; k < spec.samples; ++k) {
       const RowMasks masks(spec, set, k, spec.tensor_id);

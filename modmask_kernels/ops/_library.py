@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._batching import Rule
 
 NAMESPACE = "modmask"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -61,11 +62,24 @@ def autocasts(x: Tensor) -> bool:
     )
 
 
-def batched(name: str, call: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Register the batching rule of `torch.vmap`: one call per element, results stacked."""
+def batched(
+    name: str, call: Callable[..., Any] | None = None, together: Rule | None = None
+) -> Callable[..., Any]:
+    """Register the batching rule of `torch.vmap`.
+
+    Args:
+        name: of the operation.
+        call: the operation, unless it is to be called as registered.
+        together: all elements in one call; without it, or where it gives None, there is one call
+            per element and the results are stacked.
+    """
     one = call or getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        if together is not None:
+            found = together(one, info.batch_size, in_dims, args)
+            if found is not None:
+                return found
         results = [
             one(
                 *(
@@ -84,9 +98,12 @@ def batched(name: str, call: Callable[..., Any] | None = None) -> Callable[..., 
 
 
 def differentiable(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    together: Rule | None = None,
 ) -> Callable[..., Any]:
-    """Register the gradient and the batching rule of an operation.
+    """Register the gradient and the batching rule of an operation; `together` as in `batched`.
 
     Returns:
         the operation, also for `torch.func.grad` and its like, which the gradient registered with
@@ -109,7 +126,7 @@ def differentiable(
         "forward": forward,
         "setup_context": setup_context,
         "backward": backward,
-        "vmap": batched(name, call),
+        "vmap": batched(name, call, together),
     }
     transformed: Any = type(
         f"{name}_under_transforms",
@@ -119,16 +136,17 @@ def differentiable(
     return call
 
 
-def differentiable_once(name: str) -> Callable[..., Any]:
+def differentiable_once(name: str, together: Rule | None = None) -> Callable[..., Any]:
     """`differentiable` for a backward operation: its own gradient is a clear error."""
     return without_gradient(
         name,
         "masked operations have no second derivative. Use backend 'reference' "
         "(MODMASK_BACKEND=reference) where one is needed.",
+        together,
     )
 
 
-def without_gradient(name: str, reason: str) -> Callable[..., Any]:
+def without_gradient(name: str, reason: str, together: Rule | None = None) -> Callable[..., Any]:
     """`differentiable` for an operation whose gradient is a clear error."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -137,4 +155,4 @@ def without_gradient(name: str, reason: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{NAMESPACE}::{name} cannot be differentiated: {reason}")
 
-    return differentiable(name, setup_context, backward)
+    return differentiable(name, setup_context, backward, together)

@@ -1,8 +1,9 @@
 """What the operations share that multiply with a masked weight.
 
 All have the operands x, weight, logits, bias, bias_logits and seed, in this order, then options of
-their own, then what says which masks are drawn. The backward operation takes the gradient of the
-result first, and last which of the five gradients are needed; the others come back empty.
+their own, then what says which masks are drawn. A seed [sets, draws] draws `samples` masks from
+each seed of a set. The backward operation takes the gradient of the result first, and last which of
+the five gradients are needed; the others come back empty.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import _blocks, _check, _library, estimators
+from . import _batching, _blocks, _check, _library, estimators
 from .estimators import Estimator
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,8 +119,13 @@ class MaskedProduct:
         _library.fake(f"{name}_backward")(_backward_fake)
 
         self._operation = getattr(torch.ops.modmask, name).default
-        self._traced = _library.differentiable(name, _setup_context, self._backward)
-        self._differentiate = _library.differentiable_once(f"{name}_backward")
+        samples_at = 6 + options.count(",") + _DRAW_NAMES.index("samples")
+        self._traced = _library.differentiable(
+            name, _setup_context, self._backward, _batching.product(samples_at)
+        )
+        self._differentiate = _library.differentiable_once(
+            f"{name}_backward", _batching.product_backward
+        )
         self._eager = self._make_function()
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -153,6 +159,8 @@ class MaskedProduct:
         try:
             if arguments[2].numel() < arguments[1].numel():
                 return None  # maybe a plain product does
+            if arguments[5] is not None and arguments[5].dim() > 1:
+                return None  # draws of the batching rules, of no use to others
             call = self._eager if torch.is_grad_enabled() else self._below_autograd
             y = call(*arguments)
         except (RuntimeError, TypeError, AttributeError):

@@ -42,13 +42,17 @@ def product_per_group(
     if seed is None:
         samples = 1
     elif seed.dim() == 0:
-        seed = seed.expand(sets)
-    groups = sets * samples
+        seed = seed.expand(sets, 1)
+    else:
+        seed = seed.reshape(sets, -1)
+    of_set = samples if seed is None else samples * seed.shape[1]
+    groups = sets * of_set
 
     rows = x.shape[batch_dim] // groups
     parts = []
     for g in range(groups):
-        s, k = divmod(g, samples)
+        s, k = divmod(g, of_set)
+        draw, k = divmod(k, samples)
 
         def mask(
             of: Tensor,
@@ -56,11 +60,12 @@ def product_per_group(
             offset: int = 0,
             n_of_m: tuple[int, int] | None = None,
             s: int = s,
+            draw: int = draw,
             sample: int = sample_offset + k,
         ) -> Tensor:
             return mask_of_sample(
                 of[s],
-                seed=None if seed is None else seed[s],
+                seed=None if seed is None else seed[s, draw],
                 sample=sample,
                 tensor_id=name,
                 element_offset=offset,

@@ -69,7 +69,8 @@ class TransposedProduct(MaskedProduct):
         """Operands of a linear product of no inputs, which gives the bias of every group."""
         sets = logits.shape[0] if logits.dim() == weight.dim() + 1 else 1
         draw = rest[self._options_count :]
-        groups = sets * (1 if seed is None else draw[_SAMPLES])
+        draws = 1 if seed is None or seed.dim() < 2 else seed.shape[1]
+        groups = sets * draws * (1 if seed is None else draw[_SAMPLES])
         out = bias.shape[0]
         return bias.new_empty(groups, 0), bias.new_empty(out, 0), logits.new_empty(sets, out, 0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _check, _library, estimators
+from .. import _batching, _check, _library, estimators
 from ..estimators import Estimator
 from . import reference
 
@@ -67,8 +67,20 @@ def _backward_reference(
 
 
 def _set_dims(seed: Tensor | None) -> int:
-    """The dimensions of the sets: one where each has its seed."""
-    return 0 if seed is None else seed.dim()
+    """The dimensions of the sets: one where each has its seed, or seeds."""
+    return 0 if seed is None else min(seed.dim(), 1)
+
+
+def _drawn(seed: Tensor | None, samples: int) -> int:
+    """The masks of every set; of a seed [sets, draws], `samples` for each draw."""
+    if seed is None:
+        return 1
+    return samples * (seed.shape[1] if seed.dim() == 2 else 1)
+
+
+def _each_by_itself(arguments: Sequence[Any]) -> bool:
+    """Whether the mask of a logit, without a seed, depends on no other logit."""
+    return estimators.NAMES[arguments[-5]] != "top_k"
 
 
 _WHERE = f"int tensor_id, SymInt sample_offset, SymInt element_offset, {estimators.SCHEMA}"
@@ -90,14 +102,14 @@ _library.define(
 
 @_library.fake("sample_mask")
 def _values_fake(logits: Tensor, seed: Tensor | None, samples: int, *_: Any) -> Tensor:
-    return logits.new_empty((1 if seed is None else samples, *logits.shape))
+    return logits.new_empty((_drawn(seed, samples), *logits.shape))
 
 
 @_library.fake("sample_mask_packed")
 def _packed_fake(logits: Tensor, seed: Tensor | None, samples: int, *_: Any) -> Tensor:
     dims = _set_dims(seed)
     count = logits[0].numel() if dims else logits.numel()
-    leading = (1 if seed is None else samples, *logits.shape[:dims])
+    leading = (_drawn(seed, samples), *logits.shape[:dims])
     return logits.new_empty((*leading, (count + 7) // 8), dtype=torch.uint8)
 
 
@@ -117,9 +129,14 @@ def _backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
     return (dlogits, *(None,) * (2 + len(ctx.draw)))
 
 
-_sample = _library.differentiable("sample_mask", _setup_context, _backward)
-_differentiate = _library.differentiable_once("sample_mask_backward")
-_library.batched("sample_mask_packed")
+_sample = _library.differentiable(
+    "sample_mask", _setup_context, _backward, _batching.samples(_each_by_itself)
+)
+_differentiate = _library.differentiable_once(
+    "sample_mask_backward", _batching.samples_backward(_each_by_itself)
+)
+# bytes hold the bits of one parameter
+_library.batched("sample_mask_packed", together=_batching.samples(lambda _: False))
 
 
 def _check_arguments(

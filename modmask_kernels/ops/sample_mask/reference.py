@@ -246,5 +246,8 @@ def sample_mask(
 
     if seed is None or seed.dim() == 0:
         return one_set(logits, seed)
-    per_set = [one_set(row, key) for row, key in zip(logits.unbind(0), seed.unbind(0), strict=True)]
+    per_set = [
+        torch.cat([one_set(row, key) for key in keys.reshape(-1)])
+        for row, keys in zip(logits.unbind(0), seed.unbind(0), strict=True)
+    ]
     return torch.stack(per_set, dim=1)
