@@ -216,6 +216,25 @@ class CutStore {
   Cuts of_tensor_[kMost];
 };
 
+// n of every m weights, of a parameter with `inputs` in its dimension 1, `after` weights for each.
+inline void keep_n_of_m(
+    LogitLayout& layout,
+    const std::vector<int64_t>& n_of_m,
+    int64_t inputs,
+    int64_t after,
+    const EstimatorArguments& estimator) {
+  const int64_t n = n_of_m[0], m = n_of_m.size() == 2 ? n_of_m[1] : 0;
+  STD_TORCH_CHECK(
+      0 < n && n <= m && inputs % m == 0,
+      "n_of_m must be n and m, where m divides the inputs of weight");
+  STD_TORCH_CHECK(
+      estimator.code == static_cast<int64_t>(Estimator::kGumbelSigmoid),
+      "n_of_m needs the estimator gumbel_sigmoid");
+  layout.keep = n;
+  layout.among = m;
+  layout.stride = after;
+}
+
 // Which weights each logit covers, by the shapes of both and by (n, m), which may be empty. Keeps
 // what `layout` points into.
 class Layout {
@@ -245,16 +264,9 @@ class Layout {
       row *= d > 0 ? size : 1;
     }
     if (!n_of_m.empty()) {
-      const int64_t n = n_of_m[0], m = n_of_m.size() == 2 ? n_of_m[1] : 0;
-      STD_TORCH_CHECK(
-          same && 0 < n && n <= m && weight.size(1) % m == 0,
-          "n_of_m must be n and m, where m divides the inputs of weight, with logits like weight");
-      STD_TORCH_CHECK(
-          estimator.code == static_cast<int64_t>(Estimator::kGumbelSigmoid),
-          "n_of_m needs the estimator gumbel_sigmoid");
-      layout.keep = n;
-      layout.among = m;
-      layout.stride = weight.size(1) > 0 ? row / weight.size(1) : 1;
+      STD_TORCH_CHECK(same, "n_of_m needs logits like weight");
+      const int64_t inputs = weight.size(1);
+      keep_n_of_m(layout, n_of_m, inputs, inputs > 0 ? row / inputs : 1, estimator);
     }
     if (same || weight.numel() == 0) {
       return;

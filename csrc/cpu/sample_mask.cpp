@@ -29,7 +29,8 @@ struct SampleArguments {
       int64_t element_offset,
       double tau,
       bool hard,
-      const EstimatorArguments& estimator)
+      const EstimatorArguments& estimator,
+      const std::vector<int64_t>& n_of_m)
       : logits(logits_, has_sets(seed_) && are_shared(logits_, logits_.dim())), seed(seed_) {
     check_float32(logits_, "logits");
     const bool per_set = has_sets(seed_);
@@ -42,6 +43,16 @@ struct SampleArguments {
     count = sets > 0 ? logits_.numel() / sets : 0;
     spec.shared = per_set && are_shared(logits_, logits_.dim());
     cuts.add(spec, estimator, tensor_id, logits.floats(), count, spec.shared);
+    if (!n_of_m.empty()) {
+      const int64_t inputs_at = per_set ? 2 : 1;
+      STD_TORCH_CHECK(
+          hard && logits_.dim() > inputs_at, "n_of_m needs hard masks of logits [out, in, ...]");
+      int64_t after = 1;
+      for (int64_t d = inputs_at + 1; d < logits_.dim(); ++d) {
+        after *= logits_.size(d);
+      }
+      keep_n_of_m(spec.layout, n_of_m, logits_.size(inputs_at), after, estimator);
+    }
   }
 };
 
@@ -58,10 +69,11 @@ Tensor sample_mask(
     double low,
     double high,
     double clamp,
-    bool antithetic) {
+    bool antithetic,
+    std::vector<int64_t> n_of_m) {
   const SampleArguments a(
       logits, seed, samples, tensor_id, sample_offset, element_offset, tau, hard,
-      {estimator, low, high, clamp, antithetic});
+      {estimator, low, high, clamp, antithetic}, n_of_m);
   std::vector<int64_t> shape{a.spec.samples};
   for (int64_t d = 0; d < logits.dim(); ++d) {
     shape.push_back(logits.size(d));
@@ -86,10 +98,11 @@ Tensor sample_mask_packed(
     double low,
     double high,
     double clamp,
-    bool antithetic) {
+    bool antithetic,
+    std::vector<int64_t> n_of_m) {
   const SampleArguments a(
       logits, seed, samples, tensor_id, sample_offset, element_offset, 1.0, true,
-      {estimator, low, high, clamp, antithetic});
+      {estimator, low, high, clamp, antithetic}, n_of_m);
   std::vector<int64_t> shape{a.spec.samples};
   if (has_sets(seed)) {
     shape.push_back(a.spec.sets);
@@ -117,10 +130,11 @@ Tensor sample_mask_backward(
     double low,
     double high,
     double clamp,
-    bool antithetic) {
+    bool antithetic,
+    std::vector<int64_t> n_of_m) {
   const SampleArguments a(
       logits, seed, samples, tensor_id, sample_offset, element_offset, tau, true,
-      {estimator, low, high, clamp, antithetic});
+      {estimator, low, high, clamp, antithetic}, n_of_m);
   const Contiguous d_data(dvalues);
   check_float32(dvalues, "dvalues");
   Tensor dlogits = empty_like(logits, logits.sizes());

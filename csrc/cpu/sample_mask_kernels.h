@@ -28,9 +28,39 @@ void for_sample_blocks(
   });
 }
 
+// f(set, sample, first, n, masks) likewise where n of every m logits are kept; blocks hold whole
+// groups of m and whole bytes.
+template <bool kSlope, typename F>
+void for_n_of_m_blocks(
+    const MaskSpec& spec, const float* logits, int64_t count, const Runner& runner, const F& f) {
+  const int64_t unit = 8 * spec.layout.among * spec.layout.stride;
+  const int64_t block = unit < kSampleBlock ? kSampleBlock / unit * unit : unit;
+  const int64_t blocks = ceil_div(count, block);
+  const double cost = 16.0 * static_cast<double>(spec.sets * spec.samples * count) / kLanes;
+  run_tasks(runner, spec.sets * blocks, cost, [&](int64_t t) {
+    const int64_t set = t / blocks, first = t % blocks * block;
+    const int64_t n = count - first < block ? count - first : block;
+    for (int64_t k = 0; k < spec.samples; ++k) {
+      const RowMasks masks(spec, set, k, spec.tensor_id);
+      GranularRows<true, kSlope> drawn(
+          spec, masks, logits + (spec.shared ? 0 : set * count), count, first, n);
+      drawn.draw(0);  // groups do not cross rows, so all of them are one
+      f(set, k, first, n, drawn);
+    }
+  });
+}
+
 template <bool kHard>
 void sample_values(
     const MaskSpec& spec, const float* logits, int64_t count, float* values, const Runner& runner) {
+  if (is_granular(spec.layout)) {
+    for_n_of_m_blocks<false>(
+        spec, logits, count, runner,
+        [&](int64_t set, int64_t k, int64_t first, int64_t n, const auto& drawn) {
+          std::copy(drawn.values, drawn.values + n, values + (k * spec.sets + set) * count + first);
+        });
+    return;
+  }
   for_sample_blocks(
       spec, logits, count, runner,
       [&](int64_t set, int64_t k, int64_t first, int64_t n, const RowNoise& noise) {
@@ -45,6 +75,18 @@ inline void sample_bits(
     const MaskSpec& spec, const float* logits, int64_t count, uint8_t* bits, const Runner& runner) {
   constexpr int64_t kStep = kLanes > 8 ? kLanes : 8;
   const int64_t bytes = ceil_div(count, 8);
+  if (is_granular(spec.layout)) {
+    for_n_of_m_blocks<false>(
+        spec, logits, count, runner,
+        [&](int64_t set, int64_t k, int64_t first, int64_t n, const auto& drawn) {
+          uint8_t* to = bits + (k * spec.sets + set) * bytes + first / 8;
+          std::fill(to, to + ceil_div(n, 8), static_cast<uint8_t>(0));
+          for (int64_t i = 0; i < n; ++i) {
+            to[i / 8] |= static_cast<uint8_t>((drawn.values[i] != 0.0f) << i % 8);
+          }
+        });
+    return;
+  }
   for_sample_blocks(
       spec, logits, count, runner,
       [&](int64_t set, int64_t k, int64_t first, int64_t n, const RowNoise& noise) {
@@ -74,6 +116,18 @@ inline void sample_backward(
     int64_t count,
     float* dlogits,
     const Runner& runner) {
+  if (is_granular(spec.layout)) {
+    for_n_of_m_blocks<true>(
+        spec, logits, count, runner,
+        [&](int64_t set, int64_t k, int64_t first, int64_t n, const auto& drawn) {
+          float* to = dlogits + set * count + first;
+          const float* d = dvalues + (k * spec.sets + set) * count + first;
+          for (int64_t i = 0; i < n; ++i) {
+            to[i] = (k == 0 ? 0.0f : to[i]) + drawn.slopes[i] * d[i];
+          }
+        });
+    return;
+  }
   for_sample_blocks(
       spec, logits, count, runner,
       [&](int64_t set, int64_t k, int64_t first, int64_t n, const RowNoise& noise) {

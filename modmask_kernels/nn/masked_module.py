@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._blocks import expand_blocks, times_blocks
-from ..ops._masked_product import check_hard
 from ..ops.estimators import GUMBEL_SIGMOID, Estimator
-from ..ops.sample_mask.reference import mask_of_sample, threshold
+from ..ops.sample_mask.reference import threshold
 from .granularity import Granularity, check_granularity, logits_shape, n_of_m
 
 Mode = Literal["sample", "soft", "threshold", "noiseless", "off"]
@@ -336,25 +335,15 @@ class MaskedModule(nn.Module):
         """A parameter under the mask of one group, as a tensor."""
         logits = self._logits(name)
         assert logits is not None
-        n_of_m = self.n_of_m(name)
         rule = self._rule(mode)
         rule["seed"] = seed if seed is None or seed.dim() == 0 else seed[set]
-        check_hard(n_of_m, rule["hard"], self._estimator)
-        if n_of_m is not None:
-            mask = mask_of_sample(
-                logits[set],
-                sample=self.sample_offset + sample,
-                tensor_id=self.tensor_ids[name],
-                n_of_m=n_of_m,
-                **rule,
-            )
-        else:
-            mask = ops.sample_mask(
-                logits[set],
-                sample_offset=self.sample_offset + sample,
-                tensor_id=self.tensor_ids[name],
-                **rule,
-            )[0]
+        mask = ops.sample_mask(
+            logits[set],
+            sample_offset=self.sample_offset + sample,
+            tensor_id=self.tensor_ids[name],
+            n_of_m=self.n_of_m(name),
+            **rule,
+        )[0]
         parameter = self._parameter(name)
         return times_blocks(parameter, mask.to(parameter.dtype))
 

@@ -254,17 +254,23 @@ DRAWS = {
     "values": lambda **given: ops.sample_mask(**given, samples=2, antithetic=True),
     "packed": lambda **given: ops.sample_mask_packed(**given, samples=2, sample_offset=3),
     "gradient": lambda **given: torch.func.grad(
-        lambda logits: ops.sample_mask(**{**given, "logits": logits}, samples=2).square().sum()
+        lambda logits: (ops.sample_mask(**{**given, "logits": logits}, samples=2) * 3).sum()
     )(given["logits"]),
 }
 
 
+@pytest.mark.parametrize("n_of_m", [None, (2, 4)])
 @pytest.mark.parametrize("sets", [None, 2])
 @pytest.mark.parametrize("names", ["seed", "logits", "seed logits"])
 @pytest.mark.parametrize("name", DRAWS)
-def test_masks_in_one_call(name, names, sets, capability):
-    tensors = {k: operands("linear", sets)[k] for k in ("logits", "seed")}
-    calls, together, alone = together_and_alone(DRAWS[name], tensors, names.split())
+def test_masks_in_one_call(name, names, sets, n_of_m, capability):
+    leading = () if sets is None else (sets,)
+    tensors = {"logits": normal(*leading, 29, 36), "seed": operands("linear", sets)["seed"]}
+
+    def call(**given):
+        return DRAWS[name](**given, n_of_m=n_of_m)
+
+    calls, together, alone = together_and_alone(call, tensors, names.split())
     assert len(calls) == (2 if name == "gradient" else 1)
     assert torch.equal(together, torch.stack(alone))
 
@@ -289,7 +295,7 @@ def test_reference_of_several_draws():
     draw = (3, 4, 0, 0, 2, 1.0, True, *arguments("gumbel_sigmoid", False), [])
     y = torch.ops.modmask.masked_linear(*tensors.values(), *draw)
     torch.testing.assert_close(y, product.reference(*tensors.values(), *draw))
-    where = (3, 0, 0, *arguments("gumbel_sigmoid", False))
+    where = (3, 0, 0, *arguments("gumbel_sigmoid", False), [])
     masks = torch.ops.modmask.sample_mask(tensors["logits"], tensors["seed"], 2, 1.0, True, *where)
     assert masks.shape == (6, 2, 29, 37)
     drawn = reference.sample_mask(tensors["logits"], seed=tensors["seed"], samples=2, tensor_id=3)

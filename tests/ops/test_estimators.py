@@ -189,7 +189,7 @@ def test_opcheck_and_compile(name):
     torch.library.opcheck(operation, (*leaves, None, None, seed, *draw))
     torch.library.opcheck(
         torch.ops.modmask.sample_mask.default,
-        (leaves[2], None, 2, 0.8, False, 1, 0, 0, *estimators.arguments(name, False)),
+        (leaves[2], None, 2, 0.8, False, 1, 0, 0, *estimators.arguments(name, False), []),
     )
 
     def run(x):

@@ -285,15 +285,15 @@ def test_opcheck(case):
     for hard in (True, False):
         leaf = logits.detach().requires_grad_()
         torch.library.opcheck(
-            namespace.sample_mask.default, (leaf, seed, samples, 0.8, hard, 3, 0, 1, *GUMBEL)
+            namespace.sample_mask.default, (leaf, seed, samples, 0.8, hard, 3, 0, 1, *GUMBEL, [])
         )
     torch.library.opcheck(
-        namespace.sample_mask_packed.default, (logits, seed, samples, 3, 0, 1, *GUMBEL)
+        namespace.sample_mask_packed.default, (logits, seed, samples, 3, 0, 1, *GUMBEL, [])
     )
     dvalues = draw((samples, *logits.shape))
     torch.library.opcheck(
         namespace.sample_mask_backward.default,
-        (dvalues, logits, seed, samples, 0.8, 3, 0, 1, *GUMBEL),
+        (dvalues, logits, seed, samples, 0.8, 3, 0, 1, *GUMBEL, []),
     )
 
 
@@ -423,3 +423,78 @@ def test_bad_input(change, kind, message):
     if "tau" not in change:
         with pytest.raises(kind, match=message):
             ops.sample_mask_packed(**arguments)
+
+
+# ---- n of every m ----
+
+N_OF_M = [
+    # (n, m), logits of one set
+    ((2, 4), (5, 36)),
+    ((1, 2), (3, 2)),
+    ((3, 3), (2, 9)),
+    ((3, 7), (4, 21, 3)),
+    ((5, 9), (700, 18)),
+    ((20, 36), (3, 72, 3, 2)),
+    ((1, 3), (2, 3001 * 3)),
+    ((2, 4), (0, 8)),
+    ((2, 4), (3, 0, 2)),
+]
+
+
+@pytest.mark.parametrize("sets", [None, 2])
+@pytest.mark.parametrize(("n_of_m", "shape"), N_OF_M, ids=str)
+def test_n_of_m(n_of_m, shape, sets, capability):
+    logits = draw(shape if sets is None else (sets, *shape))
+    n, m = n_of_m
+    for seed in (torch.tensor(3), None) if sets is None else (torch.tensor([3, -4]),):
+        options = {
+            "seed": seed,
+            "samples": 3,
+            "n_of_m": n_of_m,
+            "element_offset": 6,
+            "tensor_id": 2,
+            "antithetic": True,
+        }
+        leaves = [logits.clone().requires_grad_() for _ in range(2)]
+        ours = ops.sample_mask(leaves[0], **options, tau=0.7)
+        theirs = reference.sample_mask(leaves[1], **options, tau=0.7)
+        assert torch.equal(ours, theirs)
+        groups = ours.movedim(1 + (sets is not None) + 1, -1).unflatten(-1, (-1, m)) if n else ours
+        assert bool((groups.sum(-1) == n).all())
+        dy = draw(ours.shape, seed=7)
+        ours.backward(dy)
+        theirs.backward(dy)
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+        packed = ops.sample_mask_packed(logits, **options)
+        rows = ours.flatten(0, 0 if sets is None else 1)
+        expected = [ops.pack_bits(row) for row in rows]
+        assert torch.equal(packed.flatten(0, -2), torch.stack(expected))
+
+
+def test_n_of_m_of_doubles_and_wrong_input():
+    logits = draw((3, 8))
+    double = ops.sample_mask(logits.double(), seed=torch.tensor(1), n_of_m=(2, 4))
+    assert torch.equal(double.float(), ops.sample_mask(logits, seed=torch.tensor(1), n_of_m=(2, 4)))
+    for wrong, options, message in (
+        (logits, {"n_of_m": (2, 3)}, r"n_of_m needs logits .* groups of 3, not \[3, 8\]"),
+        (logits[0], {"n_of_m": (2, 4)}, r"n_of_m needs logits .* not \[8\]"),
+        (logits, {"n_of_m": (5, 4)}, "0 < n <= m"),
+        (logits, {"n_of_m": (2, 4), "hard": False}, "needs hard masks"),
+        (logits, {"n_of_m": (2, 4), "estimator": "top_k"}, "needs the estimator 'gumbel_sigmoid'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.sample_mask(wrong, seed=None, **options)
+        if "hard" not in options:
+            with pytest.raises(ValueError, match=message):
+                ops.sample_mask_packed(wrong, seed=None, **options)
+    with pytest.raises(ValueError, match=r"of one parameter, .* not \[8\]"):
+        ops.sample_mask(logits, seed=torch.arange(3), n_of_m=(2, 4))
+
+
+@needs_kernels
+def test_n_of_m_opcheck():
+    logits, seed = draw((2, 3, 8)).requires_grad_(), torch.tensor([1, 2])
+    where = (3, 0, 1, *GUMBEL, [2, 4])
+    namespace = torch.ops.modmask
+    torch.library.opcheck(namespace.sample_mask.default, (logits, seed, 2, 0.8, True, *where))
+    torch.library.opcheck(namespace.sample_mask_packed.default, (logits.detach(), seed, 2, *where))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _native
 from .. import _batching, _check, _library, estimators
+from .._masked_product import check_hard
 from ..estimators import Estimator
 from . import reference
 
@@ -28,6 +29,7 @@ def _values_reference(
     high: float,
     clamp: float,
     antithetic: bool,
+    n_of_m: Sequence[int],
 ) -> Tensor:
     return reference.sample_mask(
         logits,
@@ -40,6 +42,7 @@ def _values_reference(
         element_offset=element_offset,
         estimator=estimators.of_arguments(code, low, high, clamp),
         antithetic=antithetic,
+        n_of_m=(n_of_m[0], n_of_m[1]) if n_of_m else None,
     )
 
 
@@ -80,10 +83,13 @@ def _drawn(seed: Tensor | None, samples: int) -> int:
 
 def _each_by_itself(arguments: Sequence[Any]) -> bool:
     """Whether the mask of a logit, without a seed, depends on no other logit."""
-    return estimators.NAMES[arguments[-5]] != "top_k"
+    *_, code, _, _, _, _, n_of_m = arguments
+    return estimators.NAMES[code] != "top_k" and not n_of_m
 
 
-_WHERE = f"int tensor_id, SymInt sample_offset, SymInt element_offset, {estimators.SCHEMA}"
+_WHERE = (
+    f"int tensor_id, SymInt sample_offset, SymInt element_offset, {estimators.SCHEMA}, int[] n_of_m"
+)
 _library.define(
     "sample_mask(Tensor logits, Tensor? seed, int samples, float tau, bool hard, "
     f"{_WHERE}) -> Tensor",
@@ -147,7 +153,9 @@ def _check_arguments(
     tensor_id: int,
     sample_offset: int,
     element_offset: int,
+    hard: bool,
     estimator: Estimator,
+    n_of_m: Sequence[int] | None,
 ) -> None:
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits must be float32 (or float64), not {logits.dtype}")
@@ -162,6 +170,13 @@ def _check_arguments(
             raise ValueError("seed must not be empty")
     _check.check_draw(samples, tau, tensor_id, sample_offset, element_offset)
     estimators.check_whole(estimator, element_offset)
+    check_hard(n_of_m, hard, estimator)
+    shape = logits.shape[_set_dims(seed) :]
+    if n_of_m is not None and (len(shape) < 2 or shape[1] % n_of_m[1]):
+        raise ValueError(
+            f"n_of_m needs logits [out, in, ...] of one parameter, whose in divides into groups of "
+            f"{n_of_m[1]}, not {list(shape)}"
+        )
 
 
 def _fused(logits: Tensor) -> bool:
@@ -182,6 +197,7 @@ def sample_mask(
     tensor_id: int = 0,
     sample_offset: int = 0,
     element_offset: int = 0,
+    n_of_m: tuple[int, int] | None = None,
     estimator: str | Estimator = "gumbel_sigmoid",
     antithetic: bool = False,
 ) -> Tensor:
@@ -202,6 +218,8 @@ def sample_mask(
         tensor_id: position of the parameter in its model.
         sample_offset: index of the first sample.
         element_offset: row-major index of the first logit (of each set) in the whole parameter.
+        n_of_m: `(n, m)` keeps n of every m consecutive logits along the second dimension of the
+            parameter, its inputs, as in `masked_linear`.
         estimator: how masks follow from logits and noise: a name or a value of
             `modmask_kernels.ops.estimators`; see `docs/estimators.md`.
         antithetic: samples 2j and 2j + 1 use the same uniform numbers, the second one as 1 - u.
@@ -222,9 +240,10 @@ def sample_mask(
     """
     chosen = estimators.resolve(estimator)
     where = (tensor_id, sample_offset, element_offset)
-    _check_arguments(logits, seed, samples, tau, *where, chosen)
+    _check_arguments(logits, seed, samples, tau, *where, hard, chosen, n_of_m)
     call: Callable[..., Tensor] = _sample if _fused(logits) else _values_reference
-    return call(logits, seed, samples, tau, hard, *where, *estimators.arguments(chosen, antithetic))
+    drawn = (*estimators.arguments(chosen, antithetic), list(n_of_m or ()))
+    return call(logits, seed, samples, tau, hard, *where, *drawn)
 
 
 def sample_mask_packed(
@@ -235,6 +254,7 @@ def sample_mask_packed(
     tensor_id: int = 0,
     sample_offset: int = 0,
     element_offset: int = 0,
+    n_of_m: tuple[int, int] | None = None,
     estimator: str | Estimator = "gumbel_sigmoid",
     antithetic: bool = False,
 ) -> Tensor:
@@ -246,7 +266,7 @@ def sample_mask_packed(
         samples: as in `sample_mask`.
         tensor_id: as in `sample_mask`.
         sample_offset: as in `sample_mask`.
-        element_offset: as in `sample_mask`.
+        element_offset, n_of_m: as in `sample_mask`.
         estimator, antithetic: as in `sample_mask`; masks are hard whatever the estimator.
 
     Returns:
@@ -264,10 +284,10 @@ def sample_mask_packed(
     """
     chosen = estimators.resolve(estimator)
     where = (tensor_id, sample_offset, element_offset)
-    _check_arguments(logits, seed, samples, 1.0, *where, chosen)
-    draw = (logits.detach(), seed, samples, *where, *estimators.arguments(chosen, antithetic))
+    _check_arguments(logits, seed, samples, 1.0, *where, True, chosen, n_of_m)
+    drawn = (*estimators.arguments(chosen, antithetic), list(n_of_m or ()))
     call = torch.ops.modmask.sample_mask_packed if _fused(logits) else _packed_reference
-    packed: Tensor = call(*draw)
+    packed: Tensor = call(logits.detach(), seed, samples, *where, *drawn)
     return packed
 
 

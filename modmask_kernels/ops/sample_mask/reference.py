@@ -222,6 +222,7 @@ def sample_mask(
     tensor_id: int = 0,
     sample_offset: int = 0,
     element_offset: int = 0,
+    n_of_m: tuple[int, int] | None = None,
     estimator: Estimator = GUMBEL_SIGMOID,
     antithetic: bool = False,
 ) -> Tensor:
@@ -237,6 +238,7 @@ def sample_mask(
                 element_offset=element_offset,
                 tau=tau,
                 hard=hard,
+                n_of_m=n_of_m,
                 estimator=estimator,
                 antithetic=antithetic,
             )
