@@ -1,6 +1,6 @@
 """Mask sets: conversion of models, algebra and files of masks, learning."""
 
-from .controls import magnitude_masks, random_masks
+from .controls import expected_count_masks, magnitude_masks, random_masks
 from .convert import mask_model, masked_layers, set_mode, unmask_model, use_set
 from .exchange import export_masks, from_prune, import_masks, to_prune
 from .fingerprint import weight_hash
@@ -15,6 +15,7 @@ __all__ = [
     "Annealing",
     "LearnResult",
     "MaskSet",
+    "expected_count_masks",
     "expected_l0",
     "export_masks",
     "from_prune",

@@ -1,4 +1,4 @@
-"""Masks that are not learned: controls of the same size."""
+"""Masks by count: controls of the same size, which nobody learned, and the expected one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .convert import find_masked_layers, maskable_parameters, masked_tensors, unwrapped
+from .convert import (
+    find_masked_layers,
+    maskable_parameters,
+    masked_layers,
+    masked_tensors,
+    unwrapped,
+)
 from .fingerprint import weight_hash
 from .mask_set import MaskSet
+from .penalties import expected_l0
 
 
 def _weights(model: nn.Module, density: float | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,3 +113,38 @@ def random_masks(
         for name, w in _weights(model, density).items()
     }
     return _mask_set(model, _select(scores, density, scope), control="random", seed=seed)
+
+
+def expected_count_masks(model: nn.Module, set: int | str = 0) -> MaskSet:
+    """Masks that keep the largest logits of each tensor, as many as are expected not to be 0.
+
+    The rule by which Edge Pruning (Bhaskar et al. 2024) and CoFi (Xia et al. 2022) end.
+
+    Args:
+        model: a masked model whose estimator has such an expectation; see `expected_l0`.
+        set: index or name.
+
+    Returns:
+        A `MaskSet` without logits.
+
+    Raises:
+        ValueError: for an unknown set, other estimators, or n:m masks.
+
+    Equivalent to, for each tensor::
+
+        zeros = round(float((1 - expected_l0(logits, estimator, tau)).sum()))
+        mask = top_k_mask(logits, logits.numel() - zeros)
+    """
+    result = MaskSet.from_model(model, set)
+    layers = masked_layers(model)
+    index = next(iter(layers.values())).set_index(set)
+    packed: dict[str, Tensor] = {}
+    for name, tensor in masked_tensors(layers).items():
+        if tensor.n_of_m is not None:
+            raise ValueError(f"model: {name} has n:m masks, whose count is fixed")
+        logits = tensor.logits.detach()[index].cpu()
+        zeros = 1.0 - expected_l0(logits.double(), tensor.estimator, tensor.tau)
+        kept = logits.numel() - round(float(zeros.sum()))
+        packed[name] = ops.pack_bits(ops.top_k_mask(logits.float(), kept))
+    metadata = {**result.metadata, "rule": "expected count"}
+    return MaskSet(packed, result.shapes, None, metadata, result.mask_shapes)

@@ -45,6 +45,11 @@ _PRESETS: dict[str, tuple[float, Callable[[float], dict[str, Any]]]] = {
     "louizos2018": (0.5, lambda p: _hard_concrete(1e-6, _logit(p), eval_tau=1.0)),
     # the gate without noise has the temperature too
     "l0-python": (0.5, lambda p: _hard_concrete(1e-6, _logit(p), eval_tau=2.0 / 3.0)),
+    # logits of 10 with noise of 0.01 there; `expected_count_masks` is what it evaluates
+    "edge-pruning": (
+        1.0 / (1.0 + math.exp(-10.0)),
+        lambda p: _hard_concrete(1e-6, _logit(p), eval_mode="threshold"),
+    ),
     "piggyback": (
         1.0,
         lambda p: {"estimator": estimators.threshold(5e-3), "init": 1e-2},

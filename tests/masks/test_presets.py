@@ -34,6 +34,7 @@ HARD_CONCRETE = {
     "neurosurgeon": (1e-4, 0.0, "binary"),
     "louizos2018": (1e-6, 0.0, "without temperature"),
     "l0-python": (1e-6, 0.0, "with temperature"),
+    "edge-pruning": (1e-6, 10.0, "binary"),
 }
 
 
@@ -118,6 +119,40 @@ def test_continuous_sparsification():
         expected = torch.sigmoid(beta * logits)
         torch.testing.assert_close(mask_seen(layer.train()), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(mask_seen(layer.eval()), (logits > 0).float())
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (1, 1)])
+def test_edge_pruning_ends_with_the_expected_count(shape):
+    """deterministic_z_from_log_alpha(log_alpha, apply_one=True) of the package."""
+    plain = nn.Linear(*shape, bias=False)
+    layer = mm.mask_model(plain, sets=["a", "b"], samples=1, **mm.masks.preset("edge-pruning"))
+    with torch.no_grad():
+        layer.weight_logits.normal_(std=2, generator=torch.Generator().manual_seed(1))
+    for index, name in enumerate(("a", "b")):
+        log_alpha = layer.weight_logits[index].detach().double()
+        x = (0 - -0.1) / (1.1 - -0.1)
+        at_zero = torch.sigmoid(2 / 3 * (math.log(x) - math.log(1 - x)) - log_alpha)
+        zeros = int(at_zero.clamp(1e-6, 1 - 1e-6).sum().round())
+        soft = torch.sigmoid(log_alpha / (2 / 3) * 0.8).flatten()
+        soft[soft.topk(zeros, largest=False).indices] = 0
+        found = mm.masks.expected_count_masks(layer, name)
+        assert torch.equal(found["weight"], (soft > 0).view(log_alpha.shape))
+        assert found.metadata["set"] == name
+        assert 0 <= found.density() <= 1
+
+
+def test_expected_count_of_small_logits_and_wrong_estimators():
+    layer = mm.mask_model(nn.Linear(8, 6, bias=False), granularity="row")
+    with torch.no_grad():
+        layer.weight_logits.copy_(torch.arange(6.0).view(1, 6, 1) * 4 - 10)
+    kept = round(float(torch.sigmoid(layer.weight_logits.detach()).sum()))
+    found = mm.masks.expected_count_masks(layer)["weight"]
+    assert found.shape == (6, 8)
+    assert torch.equal(found.all(1), torch.arange(6) >= 6 - kept)
+    with pytest.raises(ValueError, match="estimator: expected"):
+        mm.masks.expected_count_masks(mm.mask_model(nn.Linear(2, 2), estimator="top_k"))
+    with pytest.raises(ValueError, match="weight has n:m masks"):
+        mm.masks.expected_count_masks(mm.mask_model(nn.Linear(4, 2), granularity=("n:m", 2, 4)))
 
 
 def test_wrong_input():
