@@ -1,11 +1,14 @@
-"""One process of a data-parallel job: `python distributed_probe.py RANK WORLD FOLDER`.
+"""One process of a data-parallel job: `python distributed_probe.py RANK WORLD FOLDER [PART]`.
 
 With WORLD 1 there is no process group, and the job is what the others are to agree with. Writes
-what it learned to FOLDER/WORLD-RANK.pt.
+what it learned to FOLDER/WORLD-RANK.pt. PART "broken" is a job whose last process is killed midway,
+"resumed" goes on with it and writes FOLDER/resumed-RANK.pt.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import modmask_kernels as mm
 
 SAMPLES, STEPS, BATCH = 4, 6, 16  # of the job
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+PART = sys.argv[4] if len(sys.argv) > 4 else ""
 
 
 def network() -> nn.Module:
@@ -51,8 +55,14 @@ def loss(output: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return nn.functional.cross_entropy(output, batch[1])
 
 
+def batches(step: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    if PART == "broken" and step == 4 and RANK == WORLD - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part(joint(step, generator))
+
+
 def learn(model: nn.Module, **options: object) -> dict[str, object]:
-    data = {name: lambda step, g: part(joint(step, g)) for name in ("a", "b")}
+    data = dict.fromkeys(("a", "b"), batches)
     result = mm.learn_masks(
         model, loss, data, STEPS, lr=0.1, penalty=1e-3, callback_every=2, progress=False, **options
     )
@@ -95,8 +105,14 @@ def main() -> None:
         torch.save(results, FOLDER / "1-0.pt")
         return
     dist.init_process_group(
-        "gloo", init_method=f"file://{FOLDER / 'store'}", rank=RANK, world_size=WORLD
+        "gloo", init_method=f"file://{FOLDER / f'store{PART}'}", rank=RANK, world_size=WORLD
     )
+    if PART:
+        options = {"checkpoint": FOLDER / "broken.checkpoint", "checkpoint_every": 3}
+        results["learn"] = learn(network(), resume=PART == "resumed", **options)
+        torch.save(results, FOLDER / f"{PART}-{RANK}.pt")
+        dist.destroy_process_group()
+        return
     model = network()
     results["learn"] = learn(model, checkpoint=FOLDER / "learn.checkpoint", checkpoint_every=3)
     ddp = DistributedDataParallel(network())

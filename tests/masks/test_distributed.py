@@ -1,6 +1,7 @@
 """Data-parallel and sharded learning: two processes on gloo against one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,28 +16,33 @@ PROBE = Path(__file__).with_name("distributed_probe.py")
 PACKAGE = str(Path(mm.__file__).parents[1])
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    """What one process and the two of a job learned."""
-    folder = tmp_path_factory.mktemp("job")
+def run(folder, *processes):
+    """Exit codes and errors of processes side by side, each given by the probe's arguments."""
     path = os.pathsep.join(p for p in (PACKAGE, os.environ.get("PYTHONPATH")) if p)
     started = [
         subprocess.Popen(
-            [sys.executable, str(PROBE), str(rank), str(world), str(folder)],
+            [sys.executable, str(PROBE), str(rank), str(world), str(folder), *part],
             cwd=PACKAGE,
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for world, rank in ((1, 0), (2, 0), (2, 1))
+        for rank, world, *part in processes
     ]
     try:
-        for process in started:
-            errors = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, errors[-3000:]
+        errors = [process.communicate(timeout=120)[1] for process in started]
+        return [(p.returncode, e) for p, e in zip(started, errors, strict=True)]
     finally:
         for process in started:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """What one process and the two of a job learned."""
+    folder = tmp_path_factory.mktemp("job")
+    for code, errors in run(folder, (0, 1), (0, 2), (1, 2)):
+        assert code == 0, errors[-3000:]
     loaded = {n: torch.load(folder / f"{n}.pt") for n in ("1-0", "2-0", "2-1")}
     return loaded["1-0"], loaded["2-0"], loaded["2-1"], folder
 
@@ -85,6 +91,24 @@ def test_the_first_process_writes_the_checkpoint(jobs):
     assert state["step"] == 6
     assert state["identity"]["processes"] == 2
     assert load_checkpoint(folder / "fsdp.checkpoint")["step"] == 6
+
+
+def test_a_killed_job_resumes_to_the_same_bits(jobs):
+    _, *unbroken, folder = jobs
+    (first, errors), (killed, _) = run(folder, (0, 2, "broken"), (1, 2, "broken"))
+    assert killed == -signal.SIGKILL
+    assert first != 0, "a process learned on without the other"
+    assert "gloo" in errors.lower()
+    assert load_checkpoint(folder / "broken.checkpoint")["step"] == 3
+    for code, errors in run(folder, (0, 2, "resumed"), (1, 2, "resumed")):
+        assert code == 0, errors[-3000:]
+    assert load_checkpoint(folder / "broken.checkpoint")["step"] == 6
+    for rank, whole in enumerate(unbroken):
+        resumed = torch.load(folder / f"resumed-{rank}.pt")["learn"]
+        assert torch.equal(flat(resumed["logits"]), flat(whole["learn"]["logits"]))
+        assert resumed["metrics"] == whole["learn"]["metrics"]
+        for name, masks in whole["learn"]["masks"].items():
+            assert all(torch.equal(mask, resumed["masks"][name][n]) for n, mask in masks.items())
 
 
 def test_wrong_jobs_are_refused_by_all(jobs):
