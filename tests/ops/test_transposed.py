@@ -263,12 +263,29 @@ def test_no_inputs_and_no_outputs():
         torch.testing.assert_close(ops.masked_matmul(**tensors, **options), reference(**tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["plain", "masked bias", "threshold"])
+@pytest.mark.parametrize("small", ["row", "column", "one", "blocks"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_logits_of_blocks(name):
-    tensors, options = CASES[name]()
-    tensors["logits"] = (
-        tensors["logits"][:, :1, :1] if name == "matmul" else tensors["logits"][:, :3, :, :1, :1]
+def test_logits_of_blocks(name, small, case, dtype):
+    """Rows and columns scale the result and the input of a plain product, others go by group."""
+    shape = (
+        {"x": (3, 7, 12), "outputs": 14}
+        if name == "matmul"
+        else {"groups": 2, "stride": (2, 1), "padding": (1, 0)}
     )
+    seeds = None if case == "threshold" else "each"
+    tensors, options = CASES[name](
+        masked_bias=case == "masked bias", seeds=seeds, dtype=dtype, **shape
+    )
+    sizes = {"row": (1, None), "column": (None, 1), "one": (1, 1), "blocks": (None, None)}[small]
+    logits = tensors["logits"][:, : sizes[0], : sizes[1]]
+    if name == "conv":
+        logits = logits[..., :1, :1]
+    elif small == "blocks":
+        logits = logits[:, :4, :7]
+    tensors["logits"] = logits.contiguous()
+    options |= {"element_offset": 3, "sample_offset": 2, "tau": 0.7}
     check(name, tensors, options)
 
 

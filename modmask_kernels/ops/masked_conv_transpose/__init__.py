@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._blocks import scaled_side
 from .._convolution import numbers
 from .._masked_product import check_batch, check_parameters, draw_arguments, lowered, positional
+from .._scaled import scaled_product
 from .._transposed import TransposedProduct
 from ..estimators import Estimator
 from ..masked_conv import product as plain
@@ -142,11 +145,17 @@ def _masked_conv_transpose(
         around += [p, p + n * s - a]
     if min(_sizes(x, weight, stride, around, dilation)) < 1:
         raise ValueError(f"padding {padding!r} leaves no output of x {_check.shape_of(x)}")
-    operands = (x, weight, logits, bias, bias_logits, seed)
-    small = logits.shape[-4:] != weight.shape
-    y = (_product.reference if small else _product)(
-        *operands, stride, around, dilation, groups, *draw
-    )
+    options = (stride, around, dilation, groups)
+    turned = (x, weight.transpose(0, 1), logits.transpose(-4, -3), bias, bias_logits)
+    side = scaled_side(*turned[:3])
+    if side is None:
+        small = logits.shape[-4:] != weight.shape
+        y = (_product.reference if small else _product)(
+            x, weight, logits, bias, bias_logits, seed, *options, *draw
+        )
+    else:
+        convolve = partial(reference.convolve_turned, *options)
+        y = scaled_product(convolve, side, 1, *turned, seed, *draw[:-1])
     if dims == 1:
         y = y.squeeze(2)
     return y.squeeze(0) if unbatched else y
@@ -185,7 +194,8 @@ def masked_conv_transpose2d(
             bfloat16, float16 (fused on the CPU) or float64 (reference).
         weight: `[in, out / groups, kernel height, kernel width]`, dtype of `x`.
         logits: like `weight` or `[sets, *weight.shape]`, float32 (float64 beside float64 `x`);
-            smaller as in `masked_conv2d`, then the reference serves.
+            smaller as in `masked_conv2d`: with `[in, 1, 1, 1]` or `[1, out / groups, 1, 1]` a plain
+            convolution is scaled by the mask, for other blocks the reference serves.
         bias: `[out]`. bias_logits: `[out]` or `[sets, out]`.
         stride, padding, output_padding, groups, dilation: as in
             `torch.nn.functional.conv_transpose2d`.

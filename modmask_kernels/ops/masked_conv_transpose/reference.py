@@ -11,6 +11,22 @@ from torch import Tensor
 from .._reference import product_per_group
 
 
+def convolve_turned(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A plain transposed convolution with a weight [out / groups, in, *kernel]."""
+    before_h, after_h, before_w, after_w = padding
+    weight = weight.transpose(0, 1)
+    y = F.conv_transpose2d(x, weight, bias, tuple(stride), 0, 0, groups, tuple(dilation))
+    return y[:, :, before_h : y.shape[2] - after_h, before_w : y.shape[3] - after_w]
+
+
 def masked_conv_transpose2d(
     x: Tensor,
     weight: Tensor,
@@ -28,10 +44,9 @@ def masked_conv_transpose2d(
 
     `padding`: rows cut off before and after the first spatial dimension, then the second.
     """
-    before_h, after_h, before_w, after_w = padding
 
     def product(part: Tensor, masked: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.conv_transpose2d(part, masked, bias, tuple(stride), 0, 0, groups, tuple(dilation))
-        return y[:, :, before_h : y.shape[2] - after_h, before_w : y.shape[3] - after_w]
+        options = (stride, padding, dilation, groups)
+        return convolve_turned(*options, part, masked.transpose(0, 1), bias)
 
     return product_per_group(product, x, weight, logits, bias, bias_logits, **draw)

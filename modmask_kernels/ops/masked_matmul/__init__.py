@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._blocks import scaled_side
 from .._masked_product import check_batch, check_parameters, draw_arguments, lowered, positional
+from .._scaled import scaled_product
 from .._transposed import TransposedProduct
 from ..estimators import Estimator
 from ..masked_linear import product as plain
@@ -59,7 +62,8 @@ def masked_matmul(
         x: `[..., in]`; float32, bfloat16, float16 (fused on the CPU) or float64 (reference).
         weight: `[in, out]`, dtype of `x`.
         logits: `[in, out]` or `[sets, in, out]`, float32 (float64 beside float64 `x`); smaller as
-            in `masked_linear`, then the reference serves.
+            in `masked_linear`: with `[in / c, 1]` or `[1, out / r]` a plain product is scaled by
+            the mask, for other blocks the reference serves.
         bias: `[out]`. bias_logits: `[out]` or `[sets, out]`.
         seed, tensor_id, bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
             batch_dim, estimator, antithetic: as in `masked_linear`.
@@ -110,8 +114,13 @@ def masked_matmul(
     sets = check_parameters(x, weight, logits, bias, bias_logits, seed, outputs=weight.shape[1])
     check_batch(x, batch_dim, sets, 1 if seed is None else samples)
     x = x.movedim(batch_dim, 0)
-    small = logits.shape[-2:] != weight.shape
-    y = (_product.reference if small else _product)(
-        x, weight, logits, bias, bias_logits, seed, *draw
-    )
+    turned = (x, weight.t(), logits.transpose(-1, -2), bias, bias_logits)
+    side = scaled_side(*turned[:3])
+    if side is None:
+        small = logits.shape[-2:] != weight.shape
+        y = (_product.reference if small else _product)(
+            x, weight, logits, bias, bias_logits, seed, *draw
+        )
+    else:
+        y = scaled_product(F.linear, side, -1, *turned, seed, *draw[:-1])
     return y.movedim(0, batch_dim)
