@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .nn import MaskedAny, MaskedModule
+from .nn import MaskedAny, MaskedModule, SelectAny, SelectModule
+from .nn.masked_transposed import InsOuts
+from .ops._blocks import scaled_side
 from .ops.masked_linear import explain as explain_product
 
 
@@ -12,8 +14,8 @@ def explain(subject: nn.Module | Tensor) -> str:
     """Says which backend computes a masked product, and why.
 
     Args:
-        subject: a model or masked layer (its weights' dtype and device decide), or an input
-            tensor.
+        subject: a model or masked layer, also one of `select_masks` (its weights' dtype and device
+            decide), or an input tensor.
 
     Returns:
         One line per masked layer, `name: backend (reason)`; for a tensor `backend (reason)`.
@@ -33,6 +35,27 @@ def explain(subject: nn.Module | Tensor) -> str:
         elif isinstance(module, MaskedModule) and not getattr(module, "fused", True):
             lines.append(f"{name or '(root)'}: general path (the plain layer once per group)")
         elif isinstance(module, MaskedModule):
+            backend, reason = _explain_layer(module)
+            lines.append(f"{name or '(root)'}: {backend} ({reason})")
+        elif isinstance(module, SelectAny):
+            lines.append(f"{name or '(root)'}: general path (once per set that rows choose)")
+        elif isinstance(module, SelectModule):
             backend, reason = explain_product(module.get_parameter(module.masked[0]))
             lines.append(f"{name or '(root)'}: {backend} ({reason})")
     return "\n".join(lines) or "no masked layers"
+
+
+def _explain_layer(module: MaskedModule) -> tuple[str, str]:
+    name = module.masked[0]
+    parameter, logits = module.get_parameter(name), module.logits_of(name)
+    backend, reason = explain_product(parameter)
+    if logits.shape[1:] == parameter.shape:
+        return backend, reason
+    if isinstance(module, InsOuts):
+        weight = parameter.transpose(0, 1)
+        if scaled_side(weight, weight, logits.transpose(1, 2)) is None:
+            return "reference", "no fused kernel for blocks of a weight [in, out]"
+        return backend, "a plain product, scaled by the masks"
+    if scaled_side(parameter, parameter, logits) is not None:
+        return backend, "a plain product, scaled by the masks"
+    return backend, reason

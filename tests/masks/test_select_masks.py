@@ -124,6 +124,37 @@ def test_layers_are_fused_where_they_can_be():
     assert "in_features=54, out_features=5" in repr(chosen.head)
 
 
+def test_explain_names_every_layer_that_selects():
+    chosen = mm.select_masks(of_model("images")[0], random_masks(of_model("images")[0]))
+    lines = mm.explain(chosen).splitlines()
+    backend = mm.explain(torch.zeros(1)).split(" ")[0]
+    assert [line.split(" (")[0] for line in lines] == [
+        f"{name}: {backend}" for name in ("body.0", "body.3", "head")
+    ]
+    words = mm.select_masks(of_model("words")[0], random_masks(of_model("words")[0]))
+    found = dict(line.split(": ", 1) for line in mm.explain(words).splitlines())
+    assert found["encoder.layers.0.self_attn"].startswith("general path (once per set")
+    assert found["encoder.layers.1.linear2"].startswith(backend)
+    turned = nn.ConvTranspose2d(3, 4, 2)
+    assert mm.explain(mm.select_masks(turned, random_masks(turned))).startswith(
+        "(root): general path (once per set"
+    )
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@torch.no_grad()
+def test_transposed_convolutions_run_once_per_set(dims):
+    torch.manual_seed(0)
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d)[dims - 1]
+    model = kind(4, 6, 3, stride=2, groups=2)
+    x = torch.randn(7, 4, *(5, 4)[:dims])
+    masks = random_masks(model, ["weight", "bias"])
+    chosen = mm.select_masks(model, masks)
+    assert isinstance(chosen, SelectAny)
+    with mm.use_sets(chosen, ROWS):
+        assert torch.allclose(chosen(x), one_by_one(model, masks, x), atol=1e-5)
+
+
 def test_parameters_are_shared_and_the_model_stays():
     model, _ = of_model("images")
     state = copy.deepcopy(model.state_dict())

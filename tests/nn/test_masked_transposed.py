@@ -162,3 +162,31 @@ def test_wrong_uses_are_named():
         MaskedConvTranspose1d(2, 2, 1, granularity=("n:m", 1, 2))
     with pytest.raises(ValueError, match=r"x must have shape \[batch, ..., 6\]"):
         MaskedHuggingFaceConv1D(4, 6)(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["row", "column", ("block", 2, 3)])
+def test_coarse_masks_of_weights_stored_by_inputs(granularity, dtype):
+    """As a Linear layer with the weight turned; explain says what runs on the reference."""
+    torch.manual_seed(0)
+    turned, straight = Conv1D(8, 6), nn.Linear(6, 8)
+    with torch.no_grad():
+        straight.weight.copy_(turned.weight.normal_().t())
+        straight.bias.copy_(turned.bias)
+    x = torch.randn(8, 6).to(dtype)
+    outputs = []
+    for plain in (turned, straight):
+        layer = mm.mask_model(plain.to(dtype), samples=2, granularity=granularity, init=0.0)
+        layer.seed = torch.tensor([5])
+        layer.tensor_ids["weight"] = 1
+        outputs.append(layer.train()(x))
+        line = mm.explain(layer)
+        if mm.explain(x).startswith("cpu"):
+            fused, scaled = plain is straight, granularity in ("row", "column")
+            if scaled and dtype == torch.float32:
+                assert line == "(root): cpu (a plain product, scaled by the masks)"
+            else:
+                assert line.startswith(f"(root): {'cpu' if fused else 'reference (no fused'}")
+    if granularity in ("row", "column"):  # the logits of blocks have another order
+        rounding = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(*outputs, rtol=rounding, atol=rounding)

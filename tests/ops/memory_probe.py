@@ -45,7 +45,25 @@ def lstm_growth(batch: int, samples: int, size: int) -> int:
     return high_water_mark() - before
 
 
+@torch.no_grad()
+def select_growth(batch: int, sets: int, size: int, whole: bool) -> int:
+    """Of one call, or, if `whole`, of the bits of all sets too."""
+    torch.set_num_threads(2)
+    small = torch.zeros(2, 8, dtype=torch.uint8)
+    ops.select_linear(torch.zeros(2, 8), torch.zeros(8, 8), small, torch.tensor([0, 1]))
+    x, weight = torch.randn(batch, size), torch.randn(size, size)
+    rows = torch.arange(batch) % sets
+    before = high_water_mark()
+    bits = torch.full((sets, size * size // 8), 0x5A, dtype=torch.uint8)
+    if not whole:
+        before = high_water_mark()
+    ops.select_linear(x, weight, bits, rows)
+    return high_water_mark() - before
+
+
 def growth(batch: int, samples: int, size: int, operation: str) -> int:
+    if operation.startswith("select"):
+        return select_growth(batch, samples, size, operation == "select and bits")
     if operation == "lstm":
         return lstm_growth(batch, samples, size)
     function = ops.masked_linear if operation == "fused" else reference.masked_linear

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason="tests the compi
 
 WEIGHT = 1024 * 1024 * 4 // 1024  # KiB
 CASES = [(8, 1), (8, 8), (128, 1), (128, 8), (1, 1)]  # batch, samples
+SELECT = {"batch": 100, "samples": 100, "size": 1024}  # samples: sets
 NAIVE = {"batch": 8, "samples": 8, "size": 512, "operation": "reference"}
 
 
@@ -25,11 +26,12 @@ def growth():
         pytest.skip("needs /proc to read the high-water mark")
     cases = [{"batch": b, "samples": s, "size": 1024, "operation": "fused"} for b, s in CASES]
     cases += [{"batch": 64, "samples": s, "size": 512, "operation": "lstm"} for s in (1, 8)]
+    cases += [{**SELECT, "operation": name} for name in ("select", "select and bits")]
     probe = Path(__file__).with_name("memory_probe.py")
     # large blocks come from the system and go back to it: what the allocator keeps is chance
     run = run_python(str(probe), json.dumps([*cases, NAIVE]), MALLOC_MMAP_THRESHOLD_="65536")
     assert run.returncode == 0, run.stderr
-    names = [*CASES, ("lstm", 1), ("lstm", 8), "naive"]
+    names = [*CASES, ("lstm", 1), ("lstm", 8), "select", "select and bits", "naive"]
     return dict(zip(names, json.loads(run.stdout), strict=True))
 
 
@@ -43,6 +45,13 @@ def test_more_samples_need_no_more_memory(growth, batch):
 def test_memory_is_that_of_the_gradient(growth, batch, samples):
     """dlogits has the size of the weight; scratch and the rows stay below one more."""
     assert WEIGHT <= growth[batch, samples] < 2 * WEIGHT
+
+
+def test_a_hundred_selected_sets_need_their_bits_and_little_more(growth):
+    """12.5 MiB and 1% of bits; a call has its rows, twice, and tiles, but no mask unpacked."""
+    bits, rows = 12.5 * 1024, 2 * 100 * 1024 * 4 / 1024
+    assert growth["select"] <= rows + 512
+    assert bits <= growth["select and bits"] <= 1.01 * bits + rows + 512
 
 
 def test_the_probe_sees_the_naive_way(growth):
