@@ -267,6 +267,9 @@ class Layout {
       STD_TORCH_CHECK(same, "n_of_m needs logits like weight");
       const int64_t inputs = weight.size(1);
       keep_n_of_m(layout, n_of_m, inputs, inputs > 0 ? row / inputs : 1, estimator);
+      if (weight.numel() == 0) {  // there is no row to draw
+        layout = {};
+      }
     }
     if (same || weight.numel() == 0) {
       return;

@@ -437,6 +437,22 @@ def test_empty():
         assert not any(got[name].any() for name in ("weight", "logits", "bias", "bias_logits"))
 
 
+@pytest.mark.parametrize("shape", [(24, 0), (0, 36), (0, 0)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_n_of_m_of_no_weights(shape, seed):
+    operands = {
+        "x": normal(2 * SETS * SAMPLES, shape[1]),
+        "weight": normal(*shape),
+        "logits": normal(SETS, *shape),
+        "bias": normal(shape[0]),
+        "bias_logits": normal(SETS, shape[0]),
+    }
+    y = results(ops.masked_linear, operands, n_of_m=(2, 4), **draw(seed))
+    got = results(ops.masked_linear, operands, torch.ones_like(y), n_of_m=(2, 4), **draw(seed))
+    assert got["y"].shape == (len(operands["x"]), shape[0])
+    assert got["logits"].shape == (SETS, *shape)
+
+
 @pytest.mark.parametrize(
     ("shape", "small"),
     [
