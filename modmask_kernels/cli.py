@@ -1,4 +1,4 @@
-"""The command line: `modmask list | run | test | report | bench | info`.
+"""The command line: `modmask list | run | test | report | masks | bench | info`.
 
 Standard library only, so that `modmask info` works wherever the package can be imported.
 """

@@ -547,7 +547,7 @@ def use_set(model: nn.Module, set: int | str | None) -> Switch:
 
 
 def set_mode(model: nn.Module, mode: Mode | None) -> Switch:
-    """Set the mode of all masked layers: "sample", "soft", "threshold", "off" or None.
+    """Set the mode of all masked layers: one of `MaskedModule.mode`, or None to follow training.
 
     Takes effect when called; used in a `with` statement it restores what was before.
 

@@ -235,7 +235,7 @@ class MaskedModule(nn.Module):
 
     @property
     def mode(self) -> Mode | None:
-        """One of "sample", "soft", "threshold", "off", or None to follow `training`."""
+        """One of the modes of the class, or None to follow `training`."""
         return self._mode
 
     @mode.setter

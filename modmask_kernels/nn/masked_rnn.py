@@ -9,10 +9,10 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import ops
+from ..ops._masked_product import uses_kernel
 from .granularity import Granularity
 from .masked_module import MaskedModule, is_bias
 
@@ -25,11 +25,13 @@ class _MaskedRecurrent(MaskedModule):
 
     dense_type: ClassVar[Any]
     operation: ClassVar[Callable[..., Any]]
+    plain: ClassVar[Callable[..., Any]]  # without masks
     states: ClassVar[int]
 
     input_size: int
     hidden_size: int
     bias: bool
+    proj_size: int = 0
 
     def reset_parameters(self) -> None:
         """Weights and biases as in the plain layer, all logits at `init`."""
@@ -74,19 +76,37 @@ class _MaskedRecurrent(MaskedModule):
         }
 
     def _apply_operation(
-        self, x: Tensor, state: State, names: Sequence[str], seed: Tensor | None, **options: Any
+        self,
+        x: Tensor,
+        state: State,
+        names: Sequence[str],
+        seed: Tensor | None,
+        masked: dict[str, Tensor] | None = None,
+        **options: Any,
     ) -> tuple[Tensor, State]:
-        """The fused operation with the parameters `names`, in the order of `_PARAMETERS`."""
+        """The fused operation with the parameters `names`, in the order of `_PARAMETERS`.
+
+        `masked`: parameters that have their masks already, for a single group.
+        """
         tensors = [getattr(self, name) if name in self._parameters else None for name in names]
-        logits = [self._logits(name) for name in names]
+        if masked is None:
+            logits = [self._logits(name) for name in names]
+            options.update(self._draw_of(names, seed))
+        else:
+            tensors = [masked.get(n, t) for n, t in zip(names, tensors, strict=True)]
+            kept = x.new_ones((), dtype=torch.float32)
+            logits = [kept.expand(t.shape) for t in tensors[:2] if t is not None] + [None, None]
         y, last = type(self).operation(
             x,
             *(*tensors[:2], *logits[:2], *tensors[2:], *logits[2:]),
             **dict(zip(("h0", "c0"), state, strict=False)),
-            **self._draw_of(names, seed),
             **options,
         )
         return y, last if isinstance(last, tuple) else (last,)
+
+    def _given(self, states: State) -> Any:
+        """The states as the plain operation takes them."""
+        return states if self.states == 2 else states[0]
 
     def _groups(self, seed: Tensor | None) -> int:
         sets = self.sets if self._active is None else self._active[1]
@@ -117,17 +137,11 @@ class _MaskedRecurrent(MaskedModule):
         if len(hx) != self.states:
             raise ValueError(f"hx: expected {self.states} states, got {len(hx)}")
 
-    def _parameters_of(self, plain: nn.Module) -> dict[str, Tensor]:
-        """What a shell of the plain module reads, unmasked."""
-        return {
-            name: self._parameter(name) for name, p in plain._parameters.items() if p is not None
-        }
-
     @property
     def fused(self) -> bool:
         """Whether the fused operation serves this layer; else each group runs the plain one."""
         usual = self.estimator.name == "gumbel_sigmoid" and not (self.antithetic or self.inclusive)
-        return usual and self.granularity == "weight"
+        return usual and self.granularity == "weight" and self.proj_size == 0
 
 
 class _MaskedRNNLayer(_MaskedRecurrent):
@@ -137,7 +151,6 @@ class _MaskedRNNLayer(_MaskedRecurrent):
     batch_first: bool
     dropout: float
     bidirectional: bool
-    proj_size: int
 
     _OPTIONS: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"),
@@ -155,11 +168,6 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         nn.Module.__init__(layer)
         layer._adopt(module, cls._OPTIONS, True, **masks)
         return layer
-
-    @property
-    def fused(self) -> bool:
-        """Whether the fused operation serves this layer; else each group runs the plain one."""
-        return super().fused and self.proj_size == 0
 
     def flatten_parameters(self) -> None:
         """Does nothing; for code written for the plain layer."""
@@ -179,8 +187,9 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         return dense
 
     def _names(self, layer: int, direction: int) -> list[str]:
+        """In the order of the plain layer; the last one is that of a projection."""
         suffix = f"_l{layer}" + ("_reverse" if direction else "")
-        return [name + suffix for name in _PARAMETERS]
+        return [name + suffix for name in (*_PARAMETERS, "weight_hr")]
 
     def _forward(
         self, x: Tensor | PackedSequence, hx: State | None
@@ -212,9 +221,6 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         seed = None if mode == "off" else self._rule(mode)["seed"]
         if mode != "off" and self.fused:
             return self._run_fused(x, hx, lengths, seed)
-        plain = self.dense_shell().train(self.training)
-        plain.__dict__["batch_first"] = False
-        unmasked = self._parameters_of(plain)
         groups = 1 if mode == "off" else self._groups(seed)
         if x.shape[1] % groups:
             raise ValueError(
@@ -223,19 +229,58 @@ class _MaskedRNNLayer(_MaskedRecurrent):
 
         def run(masked: dict[str, Tensor], g: int) -> tuple[Tensor, ...]:
             part = slice(g * x.shape[1] // groups, (g + 1) * x.shape[1] // groups)
-            states = None if hx is None else tuple(h[:, part].contiguous() for h in hx)
-            of_group: Any = x[:, part]
-            if lengths is not None:
-                of_group = pack_padded_sequence(of_group, lengths[part], enforce_sorted=False)
-            given = states if states is None or self.states == 2 else states[0]
-            y, last = functional_call(plain, {**unmasked, **masked}, (of_group, given))
-            if lengths is not None:
-                y, _ = pad_packed_sequence(y, total_length=x.shape[0])
-            return (y, *last) if isinstance(last, tuple) else (y, last)
+            of_group = x[:, part]
+            states = (
+                self._zeros(of_group) if hx is None else tuple(h[:, part].contiguous() for h in hx)
+            )
+            return self._run_plain(
+                of_group, states, None if lengths is None else lengths[part], masked
+            )
 
         found = [run({}, 0)] if mode == "off" else self._by_group(seed, run)
         y, *last = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         return y, tuple(last)
+
+    def _zeros(self, x: Tensor) -> State:
+        """The states at the start of x [steps, batch, input_size]."""
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+        return tuple(x.new_zeros(count, x.shape[1], size) for size in sizes[: self.states])
+
+    def _run_plain(
+        self, x: Tensor, states: State, lengths: Tensor | None, masked: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The plain layer with some masked parameters: y and the last states.
+
+        By our kernel, which can be compiled, where it serves; else by the operation below the plain
+        module, since a compiled region cannot make a module.
+        """
+        if masked and self.proj_size == 0 and uses_kernel(x):
+            y, last = self._run_fused(x, states, lengths, None, masked)
+            return (y, *last)
+        names = [
+            name
+            for layer in range(self.num_layers)
+            for direction in range(2 if self.bidirectional else 1)
+            for name in self._names(layer, direction)
+            if self._parameters.get(name) is not None
+        ]
+        weights = [masked[n] if n in masked else self._parameter(n) for n in names]
+        options: tuple[Any, ...] = (
+            *(weights, self.bias, self.num_layers, self.dropout, self.training),
+            self.bidirectional,
+        )
+        if lengths is None:
+            y, *last = type(self).plain(x, self._given(states), *options, False)
+            return (y, *last)
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        data, sizes, order, back = packed
+        assert order is not None
+        assert back is not None
+        states = tuple(h.index_select(1, order) for h in states)
+        y, *last = type(self).plain(data, sizes, self._given(states), *options)
+        y, _ = pad_packed_sequence(PackedSequence(y, sizes, order, back), total_length=x.shape[0])
+        return (y, *(h.index_select(1, back) for h in last))
 
     def _check_input(self, x: Tensor, hx: State | None) -> None:
         if x.shape[-1] != self.input_size:
@@ -252,7 +297,12 @@ class _MaskedRNNLayer(_MaskedRecurrent):
                 raise ValueError(f"hx: expected shape {expected}, got {list(h.shape)}")
 
     def _run_fused(
-        self, x: Tensor, hx: State | None, lengths: Tensor | None, seed: Tensor | None
+        self,
+        x: Tensor,
+        hx: State | None,
+        lengths: Tensor | None,
+        seed: Tensor | None,
+        masked: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         directions = 2 if self.bidirectional else 1
         where = None if lengths is None else lengths.to(x.device)
@@ -266,8 +316,9 @@ class _MaskedRNNLayer(_MaskedRecurrent):
                 y, states = self._apply_operation(
                     x,
                     () if hx is None else tuple(h[number] for h in hx),
-                    self._names(layer, direction),
+                    self._names(layer, direction)[: len(_PARAMETERS)],
                     seed,
+                    masked,
                     lengths=where,
                     reverse=direction == 1,
                 )
@@ -295,8 +346,8 @@ class MaskedLSTM(_MaskedRNNLayer):
     The batch is cut into ``active sets * samples`` equal contiguous groups; group
     ``g = set * samples + sample`` runs through all steps, layers and directions with its own draw
     of the masks of its set (Csordás et al. 2021, section 2). Each direction of each layer is one
-    fused operation (`ops.masked_lstm`), forward and backward; with `proj_size` or a coarser
-    granularity the plain layer runs once per group on masked copies of its weights.
+    fused operation (`ops.masked_lstm`), forward and backward; with `proj_size`, a coarser
+    granularity or another estimator the layer runs once per group on masked copies of its weights.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
@@ -333,6 +384,7 @@ class MaskedLSTM(_MaskedRNNLayer):
 
     dense_type = nn.LSTM
     operation = staticmethod(ops.masked_lstm)
+    plain = staticmethod(torch.lstm)
     states = 2
 
     def __init__(
@@ -447,6 +499,7 @@ class MaskedGRU(_MaskedRNNLayer):
 
     dense_type = nn.GRU
     operation = staticmethod(ops.masked_gru)
+    plain = staticmethod(torch.gru)
     states = 1
 
     def __init__(
@@ -634,8 +687,6 @@ class _MaskedCell(_MaskedRecurrent):
         if mode != "off" and self.fused:
             _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, seed)
             return last
-        plain = self.dense_shell()
-        unmasked = self._parameters_of(plain)
         groups = 1 if mode == "off" else self._groups(seed)
         if x.shape[0] % groups:
             raise ValueError(
@@ -644,9 +695,10 @@ class _MaskedCell(_MaskedRecurrent):
 
         def run(masked: dict[str, Tensor], g: int) -> State:
             part = slice(g * x.shape[0] // groups, (g + 1) * x.shape[0] // groups)
-            states = None if hx is None else tuple(h[part] for h in hx)
-            given = states if states is None or self.states == 2 else states[0]
-            last = functional_call(plain, {**unmasked, **masked}, (x[part], given))
+            zeros = x.new_zeros(x[part].shape[0], self.hidden_size)
+            states = (zeros,) * self.states if hx is None else tuple(h[part] for h in hx)
+            weights = [masked.get(n, self._parameters.get(n)) for n in _PARAMETERS]
+            last = type(self).plain(x[part], self._given(states), *weights)
             return last if isinstance(last, tuple) else (last,)
 
         found = [run({}, 0)] if mode == "off" else self._by_group(seed, run)
@@ -688,6 +740,7 @@ class MaskedLSTMCell(_MaskedCell):
 
     dense_type = nn.LSTMCell
     operation = staticmethod(ops.masked_lstm)
+    plain = staticmethod(torch.lstm_cell)
     states = 2
 
     def forward(
@@ -720,6 +773,7 @@ class MaskedGRUCell(_MaskedCell):
 
     dense_type = nn.GRUCell
     operation = staticmethod(ops.masked_gru)
+    plain = staticmethod(torch.gru_cell)
     states = 1
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

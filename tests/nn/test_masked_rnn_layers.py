@@ -383,3 +383,27 @@ def test_checkpointing_over_two_layers_changes_nothing(kind):
         y.sum().backward()
         for leaf, grad in zip(leaves, expected, strict=True):
             assert torch.equal(leaf.grad, grad)
+
+
+@each_kind
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("options", [{"granularity": "row"}, {"estimator": "hard_concrete"}])
+def test_the_general_path_compiles(kind, cell, options):
+    torch.manual_seed(0)
+    layer = mm.mask_model(
+        (CELLS if cell else LAYERS)[kind][1](5, 6), samples=2, init=0.0, **options
+    )
+    layer.seed = torch.tensor([3])
+    x = torch.randn(4, 5) if cell else torch.randn(3, 4, 5)
+
+    def output(y):
+        return y if isinstance(y, torch.Tensor) else y[0]
+
+    expected = output(layer(x))
+    got = output(torch.compile(layer, fullgraph=True, backend="aot_eager")(x))
+    torch.testing.assert_close(got, expected)
+    names = [n for n in layer.masked if n.startswith("weight")]
+    logits = [layer.logits_of(n) for n in names]
+    gradients = [torch.autograd.grad(y.square().sum(), logits) for y in (expected, got)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert bool(gradients[0][0].any())
