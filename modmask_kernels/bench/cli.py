@@ -13,7 +13,7 @@ import torch
 
 from .. import _native, report
 from ..files import read_json, write_json, write_text
-from . import antithetic, conv, linear, lstm, machine, memory, network, step, tables, top_k
+from . import antithetic, conv, linear, lstm, machine, memory, network, select, step, tables, top_k
 from .figure import figure_of
 from .verify import GateError
 
@@ -24,6 +24,7 @@ SUITES: dict[str, Callable[..., list[Any]]] = {
     "conv": conv.run,
     "lstm": lstm.run,
     "network": network.run,
+    "select": select.run,
     "top_k": top_k.run,
     "antithetic": antithetic.run,
 }
@@ -47,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
         default="all",
         help="linear: the linear layer; memory: its peak extra memory; step: a learning step; "
         "conv: the convolution; lstm: the LSTM; "
-        "network: a learning step of large networks; top_k: the k largest of many scores; "
+        "network: a learning step of large networks; select: a mask set for every row; "
+        "top_k: the k largest of many scores; "
         "antithetic: what a pair of antithetic samples is worth [all]",
     )
     out.add_argument("--quick", action="store_true", help="few rows and rounds, a few minutes")

@@ -267,6 +267,39 @@ _lstm_table = _against_naive(
 )
 
 
+def _select_table(rows: Sequence[Row]) -> Table:
+    return Table(
+        caption="select_linear, forward, float32: times as long as one unmasked F.linear",
+        header=[
+            "layer; sets, rows",
+            "plain, ms",
+            "fused, ms",
+            "fused (p20-p80)",
+            "naive / fused",
+            "by set / fused",
+            "bits, MiB",
+            "bools, MiB",
+            "masked weights, MiB",
+        ],
+        rows=[
+            [
+                f"{row['out_features']}x{row['in_features']}; {row['sets']}, {row['batch']}",
+                _ms(row["seconds"]["plain"]["median"]),
+                _ms(row["seconds"]["fused"]["median"]),
+                _spread(row["ratio_to_plain"]),
+                _times(row["naive_over_fused"]),
+                _times(row["by_set_over_fused"]),
+                *(f"{size / _MEBIBYTE:.1f}" for size in row["mask_bytes"].values()),
+            ]
+            for row in rows
+        ],
+        note="Every row of the batch chooses a set at random. Naive: a masked weight for each row, "
+        "then one bmm. By set: the rows of each set that occurs together, F.linear with its masked "
+        "weight. Both hold the masks as bools, fused as bits. Plain: all rows see the same weight, "
+        "without masks. The last columns: the masks of all sets, and the masked weights of naive.",
+    )
+
+
 def _top_k_table(rows: Sequence[Row]) -> Table:
     return Table(
         caption="Masks of the k largest scores, float32",
@@ -366,6 +399,7 @@ _TABLES: dict[str, tuple[Callable[[Sequence[Row]], Table], ...]] = {
     "conv": (_conv_table,),
     "lstm": (_lstm_table,),
     "network": (_network_table,),
+    "select": (_select_table,),
     "top_k": (_top_k_table,),
     "antithetic": (_antithetic_table,),
 }

@@ -21,6 +21,7 @@ from modmask_kernels.bench import (
     lstm,
     memory,
     network,
+    select,
     step,
     tables,
     top_k,
@@ -62,6 +63,11 @@ def lstm_rows() -> list[dict[str, Any]]:
         lstm.LSTMCase(24, 4, 2, batch=16, steps=3),
     ]
     return [lstm.run_case(case, rounds=2, visit_seconds=0.0) for case in small]
+
+
+@pytest.fixture(scope="module")
+def select_rows() -> list[dict[str, Any]]:
+    return [select.run_case(select.SelectCase(9, 7, 5, 6), rounds=2, visit_seconds=0.0)]
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,7 @@ def results(
     conv_rows: list[Any],
     lstm_rows: list[Any],
     network_rows: list[Any],
+    select_rows: list[Any],
     top_k_rows: list[Any],
     antithetic_rows: list[Any],
 ) -> dict[str, Any]:
@@ -149,6 +156,7 @@ def results(
         "conv": conv_rows,
         "lstm": lstm_rows,
         "network": network_rows,
+        "select": select_rows,
         "top_k": top_k_rows,
         "antithetic": antithetic_rows,
     }
@@ -269,6 +277,21 @@ class TestTopK:
         (row,) = top_k.run(quick=True, progress=False)
         assert set(row["seconds"]) == set(row["extra_bytes"]) == set(top_k.CANDIDATES)
         assert row["quickest"] in top_k.LIBRARY
+
+
+class TestSelect:
+    def test_every_candidate_is_timed(self, select_rows: list[dict[str, Any]]) -> None:
+        (row,) = select_rows
+        assert set(row["seconds"]) == set(select.CANDIDATES)
+        assert row["mask_bytes"] == {"fused": 5 * 8, "naive": 5 * 63, "masked weights": 6 * 63 * 4}
+        assert row["error_over_allowed"]["fused"] <= 1.0
+        assert len(select.cases(quick=True)) < len(select.cases())
+
+    def test_a_wrong_candidate_is_stopped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wrong = {**select.CANDIDATES, "fused": select.CANDIDATES["plain"]}
+        monkeypatch.setattr(select, "CANDIDATES", wrong)
+        with pytest.raises(GateError, match="fused: error"):
+            select.run_case(select.SelectCase(9, 7, 5, 6), rounds=1)
 
 
 class TestLinear:
@@ -394,7 +417,7 @@ class TestOutput:
             alone = {key: results[key] for key in ("settings", "machine", suite)}
             assert tables.tables(alone)
             # a few numbers need no figure
-            assert (figure_of(alone) is None) == (suite in ("top_k", "antithetic"))
+            assert (figure_of(alone) is None) == (suite in ("select", "top_k", "antithetic"))
         assert figure_of({}) is None
 
     def test_files(self, results: dict[str, Any], tmp_path: Path) -> None:
