@@ -117,13 +117,17 @@ def ablate(
     Raises:
         ValueError: for wrong settings; for "complement" where a mask keeps more than half of a
             tensor; for scores of changing size, of other than one dimension, or not finite.
-        TypeError: if `evaluate` returns no tensors.
+        TypeError: if `evaluate` returns no tensors, or a mask is not a bool tensor.
 
     Method: percentile intervals of the paired bootstrap (Efron and Tibshirani 1993, chapters 8 and
     13). Each resample draws the examples with replacement, the same for both networks compared, and
     the draws of each kind with replacement.
     """
     _check(kinds, draws, confidence, resamples)
+    for name, kept in mask.items():
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+            raise TypeError(f"mask[{name!r}]: expected a bool tensor, got {got}")
     masks = {name: kept.detach().cpu() for name, kept in mask.items()}
     for name, kept in masks.items():
         if "complement" in kinds and 2 * int(kept.sum()) > kept.numel():

@@ -100,6 +100,7 @@ def import_masks(
     Raises:
         ValueError: for an unknown convention, a source without such tensors, tensors that are not
             finite or do not fit their weight, or a missing `keep`.
+        TypeError: for values that are no tensors of real numbers.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention: expected one of {list(CONVENTIONS)}, got {convention!r}")
@@ -129,7 +130,16 @@ def _plain(name: str) -> str:
     return name
 
 
+def _check_real(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.is_complex() or value.is_meta:
+        got = type(value).__name__
+        if isinstance(value, Tensor):
+            got = "a meta tensor" if value.is_meta else f"{value.dtype}"
+        raise TypeError(f"source: expected a tensor of real numbers for {name!r}, got {got}")
+
+
 def _as_bool(name: str, mask: Tensor) -> Tensor:
+    _check_real(name, mask)
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"source: expected 0 and 1 in {name!r}, got other values ({mask.dtype})")
     return mask != 0
@@ -146,6 +156,7 @@ def _from_logits(
         if leaf is None:
             continue
         parameter = name.removesuffix(leaf) + _ENDINGS[convention][leaf]
+        _check_real(name, values)
         values = values.detach().to("cpu", torch.float32)
         if not bool(values.isfinite().all()):
             raise ValueError(f"source: {name!r} holds values that are not finite")
@@ -287,6 +298,7 @@ def to_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: if the model lacks a parameter, or it has another shape.
+        TypeError: if a mask is not a bool tensor.
 
     Equivalent to::
 
@@ -297,6 +309,9 @@ def to_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     custom_from_mask: Callable[..., Any] = prune.custom_from_mask
     pruned: dict[str, tuple[nn.Module, str]] = {}
     for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {got}")
         prefix, _, leaf = name.rpartition(".")
         try:
             module = unwrapped(model).get_submodule(prefix)

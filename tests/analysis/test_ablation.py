@@ -210,6 +210,11 @@ def test_results_are_files(model, tmp_path):
         ({"evaluate": lambda m: torch.ones(2, 2)}, ValueError, r"shape \[examples\], got \[2, 2\]"),
         ({"evaluate": lambda m: torch.tensor([math.nan])}, ValueError, "not finite"),
         ({"mask": {"0.weight": torch.ones(16, 8).bool()}}, ValueError, "keeps 128 of 128"),
+        (
+            {"mask": {"0.weight": torch.ones(16, 8)}},
+            TypeError,
+            r"mask\['0.weight'\]: .* bool tensor",
+        ),
         ({"mask": {"none": torch.ones(1).bool()}, "kinds": ["zero"]}, ValueError, "no parameter"),
     ],
     ids=str,

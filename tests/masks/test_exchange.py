@@ -96,6 +96,10 @@ def test_models_that_are_not_pruned(model):
     both = {"0.weight": torch.ones(8, 6).bool(), "2.0.weight": torch.ones(3, 4).bool()}
     with pytest.raises(ValueError, match=r"'2.0.weight' of shape \[3, 4\].* shape \[4, 8\]"):
         to_prune(model, both)
+    with pytest.raises(
+        TypeError, match=r"masks\['0.weight'\]: expected a bool tensor, got .*float"
+    ):
+        to_prune(model, {"0.weight": torch.rand(8, 6)})
     assert not prune.is_pruned(model)
 
 
@@ -228,6 +232,13 @@ def test_hidden_networks_keep_the_largest_scores(keep):
 def test_wrong_sources_are_named(state, convention, options, message):
     with pytest.raises(ValueError, match=message):
         import_masks(state, convention, **options)
+
+
+@pytest.mark.parametrize("value", [[1.0], None, torch.ones(2, dtype=torch.complex64)], ids=str)
+def test_values_that_are_no_tensors_of_real_numbers_are_named(value):
+    for name, convention in (("a.weight", "bool"), ("a.weight_mask_params", "neurosurgeon")):
+        with pytest.raises(TypeError, match=f"source: expected a tensor of real .* '{name}'"):
+            import_masks({name: value}, convention)
 
 
 def test_wrong_files_are_named(tmp_path):
