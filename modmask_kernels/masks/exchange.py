@@ -310,8 +310,8 @@ def to_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     pruned: dict[str, tuple[nn.Module, str]] = {}
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {got}")
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {kind}")
         prefix, _, leaf = name.rpartition(".")
         try:
             module = unwrapped(model).get_submodule(prefix)
