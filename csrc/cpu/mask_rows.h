@@ -28,37 +28,38 @@ struct MaskVector {
   }
 };
 
-template <bool kHard, bool kSlope, bool kUnitTau, typename F>
+template <bool kHard, bool kSlope, bool kUnitTau, bool kSilent, typename F>
 MODMASK_INLINE void for_mask_vectors_as(const RowNoise& row, int64_t n, float tau, const F& f) {
+  constexpr bool kSoft = kSlope || !kHard;
   const vf two24 = splat(kTwo24);
   const float inverse_tau = 1.0f / tau;
-  if (row.words == nullptr) {  // logit > 0, with the surrogate of u = 1/2
-    const vf half = splat(kTwo24 / 2);
-    for (int64_t i = 0; i < n; i += kLanes) {
-      MaskVector<kHard> m{vf{}, load_part(row.logits + i, n - i), {}};
-      if constexpr (kSlope || !kHard) {
-        if constexpr (kUnitTau) {
-          m.soft = surrogate(half * load(row.exp_minus + i), half);
-        } else {
-          m.soft = surrogate(m.high, half, half, inverse_tau);
-        }
-      }
-      f(i, m);
+  for_chains<kSoft && kUnitTau ? kChains : 1>(n, [&](int64_t i, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    vf u[kVectors], ue[kVectors], rest[kVectors];
+    Surrogate soft[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t at = i + j * kLanes;
+      u[j] = kSilent ? splat(kTwo24 / 2) : noise_value(load(row.words + at));
+      ue[j] = kSilent && !kSoft ? vf{} : u[j] * load(row.exp_minus + at);
+      rest[j] = two24 - u[j];
     }
-    return;
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vf u = noise_value(load(row.words + i));
-    MaskVector<kHard> m{u * load(row.exp_minus + i), two24 - u, {}};
-    if constexpr (kSlope || !kHard) {
-      if constexpr (kUnitTau) {
-        m.soft = surrogate(m.low, m.high);
-      } else {
-        m.soft = surrogate(load_part(row.logits + i, n - i), u, m.high, inverse_tau);
-      }
+    if constexpr (kSoft && kUnitTau) {
+      surrogate(ue, rest, soft);
+    } else if constexpr (kSoft) {
+      soft[0] = surrogate(load_part(row.logits + i, n - i), u[0], rest[0], inverse_tau);
     }
-    f(i, m);
-  }
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t at = i + j * kLanes;
+      MaskVector<kHard> m{ue[j], rest[j], soft[j]};
+      if constexpr (kSilent) {  // logit > 0, with the surrogate of u = 1/2
+        m.low = vf{};
+        m.high = load_part(row.logits + at, n - at);
+      }
+      f(at, m);
+    }
+  });
 }
 
 constexpr int64_t kMaskBlock = 128;
@@ -141,12 +142,17 @@ __attribute__((noinline)) void for_special_masks(const RowNoise& row, int64_t n,
 // f(i, masks) for every vector of the row; kSlope = false leaves the slope uncomputed.
 template <bool kHard, bool kSlope, typename F>
 MODMASK_INLINE void for_mask_vectors(const RowNoise& row, int64_t n, float tau, const F& f) {
+  const bool silent = row.words == nullptr, unit_tau = tau == 1.0f || (kHard && !kSlope);
   if (row.special != nullptr) {
     for_special_masks<kHard>(row, n, tau, f);
-  } else if (tau == 1.0f || (kHard && !kSlope)) {
-    for_mask_vectors_as<kHard, kSlope, true>(row, n, tau, f);
+  } else if (silent && unit_tau) {
+    for_mask_vectors_as<kHard, kSlope, true, true>(row, n, tau, f);
+  } else if (silent) {
+    for_mask_vectors_as<kHard, kSlope, false, true>(row, n, tau, f);
+  } else if (unit_tau) {
+    for_mask_vectors_as<kHard, kSlope, true, false>(row, n, tau, f);
   } else {
-    for_mask_vectors_as<kHard, kSlope, false>(row, n, tau, f);
+    for_mask_vectors_as<kHard, kSlope, false, false>(row, n, tau, f);
   }
 }
 
@@ -218,9 +224,19 @@ class RowMasks {
 
 // exp(-logit) of a row, padded to whole vectors.
 inline void exp_minus_row(const float* logits, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    store(out + i, exp_minus(load_part(logits + i, n - i)));
-  }
+  for_chains(n, [&](int64_t i, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    vf v[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = load_part(logits + i + j * kLanes, n - i - j * kLanes);
+    }
+    exp_minus(v);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      store(out + i + j * kLanes, v[j]);
+    }
+  });
 }
 
 }  // namespace modmask::MODMASK_CAPABILITY

@@ -872,7 +872,7 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
             const int64_t at = (conv_group * o_blocks + block_o) * channels.count + channel_block;
             add_blocks(block_sums, set * tiles_each + at, tile, o0, c0 * s.kernel);
           } else if (d.dlogits != nullptr) {
-            write_dlogits(tile, d.dlogits + set * p.outputs * s.depth + element, s.depth, false);
+            write_dlogits(tile, 0, d.dlogits + set * p.outputs * s.depth + element, s.depth);
           }
         }
         if (dweight != nullptr) {

@@ -331,6 +331,37 @@ MODMASK_INLINE void forward_panel(
   }
 }
 
+// Rows of y from a tile [outputs][tile_step], which gets its bias here.
+template <typename T>
+void write_outputs(
+    float* tile,
+    int64_t tile_step,
+    int64_t outputs,
+    int64_t rows,
+    const float* bias,
+    T* y,
+    int64_t y_step) {
+  for (int64_t o = 0; o < outputs; ++o) {
+    const vf b = splat(bias[o]);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      store(tile + o * tile_step + r, load(tile + o * tile_step + r) + b);
+    }
+  }
+  if constexpr (__is_same(T, float)) {
+    transpose(tile, tile_step, outputs, rows, y, y_step);
+  } else {
+    constexpr int64_t kBlock = 64;
+    float turned[kBlock * kForwardRows];
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t count = rows - r < kBlock ? rows - r : kBlock;
+      transpose(tile + r, tile_step, outputs, count, turned, kForwardRows);
+      for (int64_t i = 0; i < count; ++i) {
+        narrow_row(turned + i * kForwardRows, y + (r + i) * y_step, outputs);
+      }
+    }
+  }
+}
+
 template <typename T, bool kHard>
 void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
   const MaskSpec& spec = p.mask;
@@ -421,15 +452,10 @@ void linear_forward(const LinearProblem& p, T* y, const Runner& runner) {
       }
       for (int64_t k = 0; k < spec.samples; ++k) {
         masked_bias<T, kHard>(p, set, k, o0, o_count, bias_values, bias_exps, words);
-        const float* y_tile = result + k * kForwardRows * chunk;
         const int64_t first_row = (set * spec.samples + k) * rows + r0;
-        const int64_t count = rows - r0 < r_count ? rows - r0 : r_count;
-        for (int64_t r = 0; r < count; ++r) {
-          T* to = y + (first_row + r) * out + o0;
-          for (int64_t o = 0; o < o_count; ++o) {
-            narrow(y_tile[o * chunk + r] + bias_values[o], to[o]);
-          }
-        }
+        write_outputs(
+            result + k * kForwardRows * chunk, chunk, o_count,
+            rows - r0 < r_count ? rows - r0 : r_count, bias_values, y + first_row * out + o0, out);
       }
     }
   });
@@ -504,8 +530,15 @@ void mask_tile(
   }
 }
 
+// Where the sums of dlogits go, times W, once they are complete; null while they are not.
+struct Completed {
+  float* to;
+  int64_t step;
+  bool streamed;
+};
+
 // Adds D * slopes and D * values of one strip of inputs, starting at column i of the tile.
-template <bool kLogits, bool kWeight>
+template <bool kLogits, bool kWeight, bool kComplete>
 void add_outer(
     const BackwardTile& t,
     int64_t i,
@@ -514,13 +547,17 @@ void add_outer(
     const float* x_strip,
     int64_t rows,
     bool first,
+    const Completed& done,
     TileAhead& ahead) {
   // stores may change anything that the compiler does not keep in registers
-  const int64_t step = t.step, o_count = t.o_count;
+  const int64_t step = t.step, o_count = t.o_count, to_step = done.step;
+  const bool streamed = done.streamed;
+  const float* wide = t.wide + i;
   const float* slopes = t.slopes + i;
   const float* values = t.values + i;
   float* dlogits = t.dlogits + i;
   float* dweight = t.dweight + i;
+  float* to = done.to + i;
   for (int64_t o = 0; o < o_count; o += kTileRows) {
     TileAhead::some(ahead);
     with_rows(o_count - o, [&](auto tile_rows) {
@@ -534,7 +571,17 @@ void add_outer(
           const int64_t at = m * step + v * kLanes;
           if constexpr (kLogits) {
             const vf before = first ? vf{} : load(dlogits + at);
-            store(dlogits + at, fma(c[m][v], load(slopes + at), before));
+            const vf sum = fma(c[m][v], load(slopes + at), before);
+            if constexpr (kComplete) {
+              float* result = to + m * to_step + v * kLanes;
+              if (streamed) {
+                stream(result, sum * load(wide + at));
+              } else {
+                store(result, sum * load(wide + at));
+              }
+            } else {
+              store(dlogits + at, sum);
+            }
           }
           if constexpr (kWeight) {
             store(dweight + at, fma(c[m][v], load(values + at), load(dweight + at)));
@@ -543,10 +590,12 @@ void add_outer(
       }
     });
     dy += kTileRows * dy_step;
+    wide += kTileRows * step;
     slopes += kTileRows * step;
     values += kTileRows * step;
     dlogits += kTileRows * step;
     dweight += kTileRows * step;
+    to += kTileRows * to_step;
   }
 }
 
@@ -579,23 +628,14 @@ inline void add_dx(
   });
 }
 
-// dlogits = W * (the sums of D * slope).
-inline void write_dlogits(const BackwardTile& t, float* to, int64_t in, bool streamed) {
+// dlogits = W * (the sums of D * slope), from column i on.
+inline void write_dlogits(const BackwardTile& t, int64_t i, float* to, int64_t in) {
   for (int64_t o = 0; o < t.o_count; ++o, to += in) {
     const float* sums = t.dlogits + o * t.step;
     const float* wide = t.wide + o * t.step;
-    if (streamed) {
-      for (int64_t i = 0; i < t.i_count; i += kLanes) {
-        stream(to + i, load(sums + i) * load(wide + i));
-      }
-    } else {
-      for (int64_t i = 0; i < t.i_count; i += kLanes) {
-        store_part(to + i, load(sums + i) * load(wide + i), t.i_count - i);
-      }
+    for (int64_t at = i; at < t.i_count; at += kLanes) {
+      store_part(to + at, load(sums + at) * load(wide + at), t.i_count - at);
     }
-  }
-  if (streamed) {
-    finish_streams();
   }
 }
 
@@ -746,6 +786,9 @@ void linear_gradients(
               spec.samples * ceil_div(tile.i_count, kTileColumns) *
                   (ceil_div(tile.o_count, kTileRows) +
                    (dx != nullptr ? ceil_div(rows, kTileRows) : 0)));
+          const Completed done{blocks ? nullptr : d.dlogits + here, in, streamed};
+          // columns of strips that go straight to their place
+          const int64_t whole = blocks ? 0 : tile.i_count / kTileColumns * kTileColumns;
           for (int64_t k = 0; k < spec.samples; ++k) {
             mask_tile<kHard>(
                 tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, in, o0 * in + i0,
@@ -757,12 +800,21 @@ void linear_gradients(
                 const float* dy_rows = dy + o0 * dy_step + row + r;
                 const float* x_rows = x_strips + strip_at(i, row + r - first_row);
                 const bool first = k == 0 && r == 0;
-                if (d.dlogits != nullptr && dweight != nullptr) {
-                  add_outer<true, true>(tile, i, dy_rows, dy_step, x_rows, count, first, ahead);
-                } else if (d.dlogits != nullptr) {
-                  add_outer<true, false>(tile, i, dy_rows, dy_step, x_rows, count, first, ahead);
+                const bool complete =
+                    i + kTileColumns <= whole && k + 1 == spec.samples && r + count == rows;
+                const auto add = [&](auto logits, auto weights, auto last) {
+                  add_outer<
+                      decltype(logits)::value, decltype(weights)::value, decltype(last)::value>(
+                      tile, i, dy_rows, dy_step, x_rows, count, first, done, ahead);
+                };
+                constexpr std::true_type yes;
+                constexpr std::false_type no;
+                if (d.dlogits == nullptr) {
+                  add(no, yes, no);
+                } else if (dweight == nullptr) {
+                  complete ? add(yes, no, yes) : add(yes, no, no);
                 } else {
-                  add_outer<false, true>(tile, i, dy_rows, dy_step, x_rows, count, first, ahead);
+                  complete ? add(yes, yes, yes) : add(yes, yes, no);
                 }
               }
               if (dx != nullptr) {
@@ -776,7 +828,7 @@ void linear_gradients(
             const int64_t at = (set * o_blocks + block) * columns.count + i_block;
             add_blocks(block_sums, at, tile, o0, i0);
           } else if (d.dlogits != nullptr) {
-            write_dlogits(tile, d.dlogits + here, in, streamed);
+            write_dlogits(tile, whole, done.to, in);
           }
         }
         if (dweight != nullptr) {
@@ -784,6 +836,9 @@ void linear_gradients(
             narrow_row(tile.dweight + o * step, dweight + (o0 + o) * in + i0, tile.i_count);
           }
         }
+      }
+      if (streamed) {
+        finish_streams();
       }
       if (dx != nullptr) {
         for (int64_t r = 0; r < rows_each; ++r) {

@@ -105,20 +105,48 @@ struct NoiseStream {
   }
 };
 
-// modmask::exp_minus on a vector, bit for bit.
-MODMASK_INLINE vf exp_minus(vf logit) {
+// Vectors taken at once where each is one long chain of operations: the core looks ahead over about
+// three such chains and would otherwise wait for them.
+constexpr int kChains = 4;
+
+// f(i, integral_constant<vectors>) for all vectors of n elements, kAtOnce or 1 of them at a time.
+template <int kAtOnce = kChains, typename F>
+MODMASK_INLINE void for_chains(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kAtOnce * kLanes <= n; i += kAtOnce * kLanes) {
+    f(i, std::integral_constant<int, kAtOnce>{});
+  }
+  for (; i < n; i += kLanes) {
+    f(i, std::integral_constant<int, 1>{});
+  }
+}
+
+// modmask::exp_minus on vectors of logits, bit for bit.
+template <int kVectors>
+MODMASK_INLINE void exp_minus(vf (&v)[kVectors]) {
   const vf limit = splat(kExponentLimit);
-  vf t = logit * splat(kMinusLog2E);
-  t = maximum(minimum(t, limit), -limit);
-  const vf shifted = t + splat(kRoundToInteger);
-  const vf f = t - (shifted - splat(kRoundToInteger));
-  vf p = splat(kExp2[0]);
+  vf shifted[kVectors], p[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    v[j] = maximum(minimum(v[j] * splat(kMinusLog2E), limit), -limit);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    shifted[j] = v[j] + splat(kRoundToInteger);
+    v[j] = v[j] - (shifted[j] - splat(kRoundToInteger));
+    p[j] = splat(kExp2[0]);
+  }
 #pragma GCC unroll 8
   for (int i = 1; i <= kExp2Degree; ++i) {
-    p = p * f + splat(kExp2[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      p[j] = p[j] * v[j] + splat(kExp2[i]);
+    }
   }
-  const vf scale = (vf)(((vu)shifted << 23) + 0x3F800000u);
-  return p * scale;
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    v[j] = (vf)((vu)p[j] + ((vu)shifted[j] << 23));  // p is near 1, its exponent far from the ends
+  }
 }
 
 MODMASK_INLINE vf noise_value(vu word) {
@@ -166,10 +194,20 @@ struct Surrogate {
 };
 
 // With s = 1 / (1 + U e / (2^24 - U)) at tau = 1.
-MODMASK_INLINE Surrogate surrogate(vf ue, vf rest) {
-  const vf inverse = reciprocal(ue + rest);
-  const vf s = rest * inverse;
-  return {s, s * (ue * inverse)};
+template <int kVectors>
+MODMASK_INLINE void surrogate(
+    const vf (&ue)[kVectors], const vf (&rest)[kVectors], Surrogate (&to)[kVectors]) {
+  vf inverse[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    inverse[j] = ue[j] + rest[j];
+  }
+  reciprocal(inverse);
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    to[j].value = rest[j] * inverse[j];
+    to[j].slope = to[j].value * (ue[j] * inverse[j]);
+  }
 }
 
 // At any temperature; `u` is U, `rest` 2^24 - U.

@@ -89,16 +89,39 @@ MODMASK_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// 1 / a to about one unit in the last place, for positive, normal a below 2^125.
-MODMASK_INLINE vf reciprocal(vf a) {
+#if defined(MODMASK_AVX512) || defined(MODMASK_AVX2)
+// to 11 bits
+MODMASK_INLINE vf approximate_reciprocal(vf a) {
 #if defined(MODMASK_AVX512)
-  const vf r = (vf)_mm512_rcp14_ps((__m512)a);
-  return fma(r, (vf)_mm512_fnmadd_ps((__m512)a, (__m512)r, (__m512)splat(1.0f)), r);
-#elif defined(MODMASK_AVX2)
-  const vf r = (vf)_mm256_rcp_ps((__m256)a);
-  return fma(r, (vf)_mm256_fnmadd_ps((__m256)a, (__m256)r, (__m256)splat(1.0f)), r);
+  return (vf)_mm512_rcp14_ps((__m512)a);
 #else
-  return 1.0f / a;
+  return (vf)_mm256_rcp_ps((__m256)a);
+#endif
+}
+#endif
+
+// 1 / a to about one unit in the last place, for positive, normal a below 2^125.
+template <int kVectors>
+MODMASK_INLINE void reciprocal(vf (&a)[kVectors]) {
+#if defined(MODMASK_AVX512) || defined(MODMASK_AVX2)
+  vf r[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    r[j] = approximate_reciprocal(a[j]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    a[j] = fma(-a[j], r[j], splat(1.0f));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    a[j] = fma(a[j], r[j], r[j]);
+  }
+#else
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    a[j] = 1.0f / a[j];
+  }
 #endif
 }
 

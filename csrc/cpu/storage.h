@@ -161,12 +161,18 @@ template <typename T>
 void transpose(
     const T* from, int64_t from_step, int64_t rows, int64_t columns, float* to, int64_t to_step) {
   using vf4 = float __attribute__((vector_size(16)));
-  constexpr int64_t kBlock = 64;
+  constexpr int64_t kBlock = 64, kAhead = 16;
   const int64_t whole_rows = rows / 4 * 4;
   for (int64_t c0 = 0; c0 < columns; c0 += kBlock) {
     const int64_t count = columns - c0 < kBlock ? columns - c0 : kBlock;
     for (int64_t r = 0; r < whole_rows; r += 4) {
       const T* block = from + r * from_step + c0;
+      // rows lie on different pages, where the hardware does not look ahead
+      for (int64_t i = 0; i < 4 && r + kAhead + i < rows; ++i) {
+        for (int64_t c = 0; c < count; c += 64 / static_cast<int64_t>(sizeof(T))) {
+          __builtin_prefetch(block + (kAhead + i) * from_step + c);
+        }
+      }
       float* out = to + c0 * to_step + r;
       float wide[4 * kBlock];
       const float* read;
