@@ -69,10 +69,10 @@ def _linear_table(rows: Sequence[Row]) -> Table:
         note="Plain: F.linear with a trainable weight and the same fixed bias. Naive: two uniforms "
         "per weight, logarithms, sigmoid, straight-through, bmm, in eager PyTorch; compiled naive: "
         "the same under torch.compile. NeuroSurgeon: its hard-concrete layer (soft masks, another "
-        "distribution). Ratios of interleaved medians of one process; in brackets the 20th and "
-        "80th percentile of the ratio taken round by round. Naive, compiled naive, NeuroSurgeon, "
-        "floor: times as long as plain, too. Met with the floor: within the wider bound that holds "
-        "where the floor is printed. The C library keeps freed memory, for all alike."
+        "distribution). Ratios: median over the rounds of one process, plain and candidate in "
+        "turn in each; in brackets the 20th and 80th percentile. Naive, compiled naive, "
+        "NeuroSurgeon, floor: times as long as plain, too. Met with the floor: within the wider "
+        "bound that holds where the floor is printed. The C library keeps freed memory, for all alike."
         + "".join(f" Not measured: {reason}." for reason in sorted(reasons)),
     )
 

@@ -179,8 +179,9 @@ class Ratio:
     """How many times longer one candidate takes than another.
 
     Attributes:
-        value: ratio of the two medians over all calls.
-        p20, p80: order statistics of the ratio taken round by round.
+        value: median over the rounds of the ratio within one round, which a slow phase of the
+            machine meets on both sides.
+        p20, p80: order statistics of the same ratios.
     """
 
     value: float
@@ -192,7 +193,7 @@ def ratio(candidate: Timing, baseline: Timing) -> Ratio:
     """`candidate` over `baseline`, both from the same run of `interleaved`."""
     by_round = [a / b for a, b in zip(candidate.visits, baseline.visits, strict=True)]
     return Ratio(
-        value=candidate.median / baseline.median,
+        value=statistics.median(by_round),
         p20=percentile(by_round, 0.2),
         p80=percentile(by_round, 0.8),
     )
