@@ -73,8 +73,7 @@ def _linear_table(rows: Sequence[Row]) -> Table:
         "turn in each; in brackets the 20th and 80th percentile. Naive, compiled naive, "
         "NeuroSurgeon, floor: times as long as plain, too. Met with the floor: within the wider "
         "bound that holds where the floor is printed. The C library keeps freed memory, for all "
-        "alike."
-        + "".join(f" Not measured: {reason}." for reason in sorted(reasons)),
+        "alike." + "".join(f" Not measured: {reason}." for reason in sorted(reasons)),
     )
 
 

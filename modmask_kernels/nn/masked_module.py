@@ -95,15 +95,15 @@ class MaskedModule(nn.Module):
             noise, so two parameters that share one seed need different numbers.
         sample_offset: index of the first sample; rank r of a data-parallel job that shares the
             seeds uses ``r * samples``.
-        seed: int64 [sets], a buffer outside the state dict. None draws one seed per active set
-            from torch's default generator at every forward pass.
+        seed: int64 [sets], or [] for all sets, a buffer outside the state dict. None draws one
+            seed per active set from torch's default generator at every forward pass.
     """
 
     seed: Tensor | None
     set_names: tuple[str, ...]
     tensor_ids: dict[str, int]
     antithetic: bool = False
-    eval_mode: Mode | None = None
+    _eval_mode: Mode | None = None
     eval_tau: float | None = None
     inclusive: bool = False
     _estimator: Estimator = GUMBEL_SIGMOID
@@ -244,14 +244,24 @@ class MaskedModule(nn.Module):
         self._mode = mode
 
     @property
+    def eval_mode(self) -> Mode | None:
+        """The mode outside training, or None for that of the estimator."""
+        return self._eval_mode
+
+    @eval_mode.setter
+    def eval_mode(self, mode: Mode | None) -> None:
+        check_mode(mode, "eval_mode")
+        self._eval_mode = mode
+
+    @property
     def effective_mode(self) -> Mode:
         """The mode that the next forward pass has."""
         if self._mode is not None:
             return self._mode
         if self.training:
             return "sample"
-        if self.eval_mode is not None:
-            return self.eval_mode
+        if self._eval_mode is not None:
+            return self._eval_mode
         return "noiseless" if self._estimator.name == "hard_concrete" else "threshold"
 
     @property
@@ -296,12 +306,14 @@ class MaskedModule(nn.Module):
     @active_sets.setter
     def active_sets(self, active: tuple[int, int] | None) -> None:
         if active is not None:
-            first, count = active
-            if first < 0 or count < 1 or first + count > self.sets:
+            pair = isinstance(active, (tuple, list)) and len(active) == 2
+            first, count = active if pair else (-1, 0)
+            whole = isinstance(first, int) and isinstance(count, int)
+            if not whole or first < 0 or count < 1 or first + count > self.sets:
                 raise ValueError(
-                    f"active_sets: expected (first, count) within {self.sets} sets, got {active}"
+                    f"active_sets: expected (first, count) within {self.sets} sets, got {active!r}"
                 )
-            active = (int(first), int(count))
+            active = (first, count)
         self._active = active
         self._views = None
 
@@ -325,7 +337,7 @@ class MaskedModule(nn.Module):
             low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
             device = self.logits_of(self.masked[0]).device
             return torch.randint(low, high, (sets,), device=device)
-        if self._active is not None and sets != self.seed.shape[0]:
+        if self._active is not None and self.seed.dim() and sets != self.seed.shape[0]:
             return self.seed.narrow(0, self._active[0], sets)
         return self.seed
 

@@ -117,6 +117,10 @@ def test_the_mode_follows_training_unless_set():
     torch.testing.assert_close(layer(x), threshold)
     with pytest.raises(ValueError, match=r"mode: expected 'sample'.*got 'sampled'"):
         layer.mode = "sampled"
+    layer.eval_mode = "off"
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(ValueError, match=r"eval_mode: expected 'sample'.*got 'sof'"):
+        layer.eval_mode = "sof"
 
 
 @pytest.mark.parametrize("mask_bias", [False, True])
@@ -159,7 +163,11 @@ def test_a_part_of_the_sets_may_be_active():
     assert layer.weight_logits.grad[2].any()
     layer.active_sets = None
     assert torch.equal(layer(x), everything)
-    for wrong in [(0, 4), (-1, 1), (3, 1), (0, 0)]:
+    layer.seed = torch.tensor(7)  # one for all sets
+    everything = layer(x)
+    layer.active_sets = (1, 2)
+    torch.testing.assert_close(layer(x[4:]), everything[4:])
+    for wrong in [(0, 4), (-1, 1), (3, 1), (0, 0), (0.5, 1), (1,), 2]:
         with pytest.raises(ValueError, match=r"active_sets: expected .* within 3 sets"):
             layer.active_sets = wrong
 
