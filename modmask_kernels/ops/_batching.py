@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Dims = Sequence[int | None]
@@ -20,6 +21,13 @@ Dims = Sequence[int | None]
 Rule = Callable[[Callable[..., Any], int, Dims, Sequence[Any]], "tuple[Any, Any] | None"]
 
 _OPERANDS = 6  # x, weight, logits, bias, bias_logits, seed
+
+
+def masks_per_set(seed: Tensor | None, samples: int) -> int:
+    """How many masks are drawn of a set; of a seed [sets, draws], `samples` for each draw."""
+    if seed is None:
+        return 1
+    return samples * (seed.shape[1] if seed.dim() == 2 else 1)
 
 
 def _each(t: Tensor, dim: int | None, n: int) -> Tensor:
@@ -93,8 +101,7 @@ def product(samples_at: int) -> Rule:
             inner = sets
             seed = _seeds(seed, of_seed, n, sets).transpose(0, 1).reshape(sets, -1)
         else:
-            draws = 1 if seed is None or seed.dim() < 2 else seed.shape[1]
-            inner = sets * draws * (1 if seed is None else arguments[samples_at])
+            inner = sets * masks_per_set(seed, arguments[samples_at])
         y = call(_swap(rows, n, inner), weight, logits, bias, bias_logits, seed, *rest)
         return _split(_swap(y, inner, n), n), 0
 
@@ -190,3 +197,87 @@ def samples_backward(elementwise: Callable[[Sequence[Any]], bool]) -> Rule:
         return call(dvalues, every, seeds, *arguments[3:]).reshape(shape), 0
 
     return rule
+
+
+_LOGITS_OF_RNN = {5: 2, 6: 2, 9: 1, 10: 1}  # position among the operands: dimensions of a set
+_FROZEN_OF_RNN = (3, 4, 7, 8)  # weights and biases
+_OPERANDS_OF_RNN = 13
+
+
+def _rows_of_rnn(t: Tensor | None, dim: int | None, n: int, at: int) -> Tensor | None:
+    """The batches of all elements, which are in dimension `at` of each, as one."""
+    return None if t is None else _each(t, dim, n).movedim(0, at).flatten(at, at + 1)
+
+
+def _merged_rnn(n: int, in_dims: Dims, operands: Sequence[Any], own: bool) -> list[Any]:
+    """The operands of a masked recurrent layer; `own`: elements are sets, else draws of one."""
+    merged = list(operands)
+    for i, at in ((0, 1), (1, 0), (2, 0), (12, 0)):
+        merged[i] = _rows_of_rnn(operands[i], in_dims[i], n, at)
+    seed, of_seed = operands[11], in_dims[11]
+    sets = _sets(operands[5], in_dims[5], 2)
+    if not own:
+        merged[11] = _seeds(seed, of_seed, n, 1).reshape(1, -1)
+        return merged
+    merged[11] = _seeds_of_sets(seed, of_seed, n, sets)
+    for i, dims in _LOGITS_OF_RNN.items():
+        if operands[i] is not None:
+            merged[i] = _as_sets(operands[i], in_dims[i], n, dims)
+    return merged
+
+
+def recurrent(
+    call: Callable[..., Any], n: int, in_dims: Dims, arguments: Sequence[Any]
+) -> tuple[Any, Any] | None:
+    """The rule of a masked recurrent layer; the saved values stay those of all elements."""
+    own = any(in_dims[i] is not None for i in _LOGITS_OF_RNN)
+    one_set = _sets(arguments[5], in_dims[5], 2) == 1 and arguments[11] is not None
+    if any(in_dims[i] is not None for i in _FROZEN_OF_RNN) or not (own or one_set):
+        return None
+    operands = _merged_rnn(n, in_dims, arguments[:_OPERANDS_OF_RNN], own)
+    y, h_n, c_n, saved = call(*operands, *arguments[_OPERANDS_OF_RNN:])
+    y = y.unflatten(1, (n, y.shape[1] // n))
+    return (y, _split(h_n, n), _split(c_n, n), saved), (1, 0, 0, None)
+
+
+def recurrent_backward(
+    call: Callable[..., Any], n: int, in_dims: Dims, arguments: Sequence[Any]
+) -> tuple[Any, Any] | None:
+    """The rule of the gradient of `recurrent`, which takes dy, dh_n, dc_n, y and saved first."""
+    results, saved, operands = arguments[:4], arguments[4], arguments[5 : 5 + _OPERANDS_OF_RNN]
+    if in_dims[4] is not None or in_dims[3] is None:
+        return None  # the forward pass was not one call
+    rest, needs = arguments[5 + _OPERANDS_OF_RNN :], arguments[-1]
+    of_operands = in_dims[5 : 5 + _OPERANDS_OF_RNN]
+    if any(needs >> i & 1 for i in _FROZEN_OF_RNN):
+        values, mark = saved[:-1], saved[-1:]
+        each = [
+            call(
+                *(
+                    t if t is None else _each(t, d, n)[e]
+                    for t, d in zip(results, in_dims[:4], strict=True)
+                ),
+                torch.cat([_split(values, n)[e], mark]),
+                *(
+                    t if t is None else _each(t, d, n)[e]
+                    for t, d in zip(operands, of_operands, strict=True)
+                ),
+                *rest,
+            )
+            for e in range(n)
+        ]
+        return tuple(torch.stack(of) for of in zip(*each, strict=True)), (0,) * len(each[0])
+    merged = [
+        _rows_of_rnn(t, d, n, at)
+        for t, d, at in zip(results, in_dims[:4], (1, 0, 0, 1), strict=True)
+    ]
+    found = call(*merged, saved, *_merged_rnn(n, of_operands, operands, own=True), *rest)
+    grads = list(found)
+    dims: list[int | None] = [None] * len(found)
+    for i, grad in enumerate(found):
+        if operands[i] is None or not needs >> i & 1:
+            continue
+        dims[i] = 1 if i == 0 else 0
+        shape = _each(operands[i], of_operands[i], n).shape
+        grads[i] = grad.unflatten(1, (n, shape[2])) if i == 0 else grad.reshape(shape)
+    return tuple(grads), tuple(dims)

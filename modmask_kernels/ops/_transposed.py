@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _native
 from . import _library
+from ._batching import masks_per_set
 from ._masked_product import MaskedProduct
 from .masked_linear import product as linear
 
@@ -69,8 +70,7 @@ class TransposedProduct(MaskedProduct):
         """Operands of a linear product of no inputs, which gives the bias of every group."""
         sets = logits.shape[0] if logits.dim() == weight.dim() + 1 else 1
         draw = rest[self._options_count :]
-        draws = 1 if seed is None or seed.dim() < 2 else seed.shape[1]
-        groups = sets * draws * (1 if seed is None else draw[_SAMPLES])
+        groups = sets * masks_per_set(seed, draw[_SAMPLES])
         out = bias.shape[0]
         return bias.new_empty(groups, 0), bias.new_empty(out, 0), logits.new_empty(sets, out, 0)
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modmask_kernels import _native, ops
 from modmask_kernels.ops.estimators import arguments
 from modmask_kernels.ops.masked_linear import product
+from modmask_kernels.ops.masked_rnn import reference as rnn_reference
 from modmask_kernels.ops.sample_mask import reference
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason="tests the compiled kernels")
@@ -302,3 +303,120 @@ def test_reference_of_several_draws():
     assert torch.equal(masks, drawn)
     packed = torch.ops.modmask.sample_mask_packed(tensors["logits"], tensors["seed"], 2, *where)
     assert torch.equal(packed[4, 1], ops.pack_bits(masks[4, 1]))
+
+
+# ---- recurrent layers ----
+
+
+def recurrent_operands(cell, sets):
+    gates = {"lstm": 4, "gru": 3}[cell] * 5
+    leading = () if sets is None else (sets,)
+    batch = (sets or 1) * 2 * 3
+    return {
+        "x": normal(4, batch, 6, seed=1),
+        "weight_ih": normal(gates, 6, seed=2),
+        "weight_hh": normal(gates, 5, seed=3),
+        "logits_ih": normal(*leading, gates, 6, seed=4),
+        "logits_hh": normal(*leading, gates, 5, seed=5),
+        "bias_ih": normal(gates, seed=6),
+        "bias_hh": normal(gates, seed=7),
+        "bias_logits_ih": normal(*leading, gates, seed=8),
+        "h0": normal(batch, 5, seed=9),
+        "seed": torch.tensor(7) if sets is None else torch.arange(sets),
+    }
+
+
+def run_cell(cell, lengths=None, **given):
+    if cell == "lstm":
+        y, (h, c) = ops.masked_lstm(**given, samples=2, lengths=lengths)
+        return torch.cat([y, h[None], c[None]])
+    y, h = ops.masked_gru(**given, samples=2, lengths=lengths)
+    return torch.cat([y, h[None]])
+
+
+@pytest.mark.parametrize("sets", [None, 2])
+@pytest.mark.parametrize(
+    "names", ["seed", "seed x", "x h0", "logits_hh", "seed logits_ih logits_hh"]
+)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_layers(cell, names, sets, capability):
+    tensors = recurrent_operands(cell, sets)
+    lengths = torch.arange(tensors["x"].shape[1]) % 5
+
+    def forward(**given):
+        return run_cell(cell, lengths, **given)
+
+    calls, together, alone = together_and_alone(forward, tensors, names.split())
+    once = sets is None or "logits" in names
+    assert len(calls) == (1 if once else ELEMENTS)
+    assert torch.equal(together, torch.stack(alone))
+
+    def gradients(**given):
+        wanted = ("x", "h0", "logits_ih", "logits_hh", "bias_logits_ih")
+
+        def loss(leaves):
+            return forward(**{**given, **leaves}).square().sum()
+
+        return tuple(torch.func.grad(loss)({k: given[k] for k in wanted}).values())
+
+    calls, together, alone = together_and_alone(gradients, tensors, names.split())
+    assert len(calls) == (2 if once else 2 * ELEMENTS)
+    for found, expected in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_layers_beyond_one_call(cell):
+    """Gradients of weights, Jacobians and nested batches agree with one element at a time."""
+    tensors = recurrent_operands(cell, None)
+    seeds = torch.arange(3)
+
+    def of_weight(weight, seed):
+        given = {**tensors, "weight_hh": weight, "seed": seed}
+        return run_cell(cell, **given).square().sum()
+
+    gradient = torch.func.grad(of_weight)
+    found = torch.vmap(gradient, (None, 0))(tensors["weight_hh"], seeds)
+    assert torch.equal(found, torch.stack([gradient(tensors["weight_hh"], s) for s in seeds]))
+
+    def last(x, seed):
+        return run_cell(cell, **{**tensors, "x": x, "seed": seed})[-1, 0]
+
+    jacobian = torch.func.jacrev(last)
+    found = torch.vmap(jacobian, (None, 0))(tensors["x"], seeds)
+    assert torch.equal(found, torch.stack([jacobian(tensors["x"], s) for s in seeds]))
+
+    def one(seed):
+        return run_cell(cell, **{**tensors, "seed": seed})
+
+    pairs = torch.arange(6).reshape(2, 3)
+    with Calls() as calls:
+        together = torch.vmap(torch.vmap(one))(pairs)
+    assert calls.names == ["masked_rnn"]
+    assert torch.equal(together.flatten(0, 1), torch.stack([one(s) for s in pairs.flatten()]))
+
+    leaves = [tensors["logits_hh"].clone().requires_grad_() for _ in range(2)]
+    torch.vmap(lambda s: run_cell(cell, **{**tensors, "logits_hh": leaves[0], "seed": s}))(
+        seeds
+    ).square().sum().backward()
+    for s in seeds:
+        y = run_cell(cell, **{**tensors, "logits_hh": leaves[1], "seed": s})
+        y.square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_reference_of_several_draws(cell):
+    tensors = recurrent_operands(cell, 2)
+    x, h0 = normal(4, 12, 6, seed=1), normal(12, 5, seed=9)
+    c0 = normal(12, 5, seed=10) if cell == "lstm" else None
+    parameters = [tensors[n] for n in ("weight_ih", "weight_hh", "logits_ih", "logits_hh")]
+    parameters += [tensors["bias_ih"], tensors["bias_hh"], tensors["bias_logits_ih"], None]
+    seed = torch.arange(6).reshape(2, 3)
+    rest = (None, ("lstm", "gru").index(cell), False, [3, 9, 4, 1], 0, 2, 1.0, True)
+    arguments = (x, h0, c0, *parameters, seed, *rest)
+    found = torch.ops.modmask.masked_rnn(*arguments)
+    for a, b in zip(found, rnn_reference.masked_rnn(*arguments), strict=False):
+        torch.testing.assert_close(a, b)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.modmask.masked_rnn.default, arguments, test_utils=tests)

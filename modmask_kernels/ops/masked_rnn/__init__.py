@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _check, _library
+from .. import _batching, _check, _library
 from .._masked_product import lowered, uses_kernel
 from . import reference
 from .reference import CELLS, GATES
@@ -90,7 +90,8 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         raise RuntimeError(f"masked_rnn: all tensors must be on the device of x, {x.device}")
     steps, batch, _ = x.shape
     hidden = weight_hh.shape[1]
-    groups = (logits_ih.shape[0] if logits_ih.dim() == 3 else 1) * (1 if seed is None else samples)
+    sets = logits_ih.shape[0] if logits_ih.dim() == 3 else 1
+    groups = sets * _batching.masks_per_set(seed, samples)
     lanes = _LANES[_native.capability()]
     saved = 1
     if lanes:
@@ -145,8 +146,8 @@ def _backward(
     )
 
 
-_differentiate = _library.differentiable_once("masked_rnn_backward")
-_operation = _library.differentiable("masked_rnn", _setup_context, _backward)
+_differentiate = _library.differentiable_once("masked_rnn_backward", _batching.recurrent_backward)
+_operation = _library.differentiable("masked_rnn", _setup_context, _backward, _batching.recurrent)
 
 
 def _check_parameter(

@@ -63,14 +63,17 @@ def masked_rnn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [steps, batch, hidden], h_n, c_n (empty for a GRU); arguments are assumed valid."""
     sets = logits_ih.shape[0] if logits_ih.dim() == 3 else 1
-    samples = 1 if seed is None else samples
+    seeds = None if seed is None else seed.expand(sets).unsqueeze(1) if seed.dim() < 2 else seed
+    samples = 1 if seeds is None else samples
+    of_set = samples * (1 if seeds is None else seeds.shape[1])
     steps, batch, _ = x.shape
-    rows, hidden = batch // (sets * samples), weight_hh.shape[1]
+    rows, hidden = batch // (sets * of_set), weight_hh.shape[1]
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
     all_logits = (logits_ih, logits_hh, bias_logits_ih, bias_logits_hh)
     outputs, h_last, c_last = [], [], []
-    for g in range(sets * samples):
-        s, k = divmod(g, samples)
+    for g in range(sets * of_set):
+        s, k = divmod(g, of_set)
+        draw, k = divmod(k, samples)
         masked: list[Tensor | None] = []
         for parameter, logits, number in zip(parameters, all_logits, tensor_ids, strict=True):
             if parameter is None or logits is None:
@@ -78,7 +81,7 @@ def masked_rnn(
                 continue
             mask = mask_of_sample(
                 logits.reshape(sets, *parameter.shape)[s],
-                seed=None if seed is None else seed.expand(sets)[s],
+                seed=None if seeds is None else seeds[s, draw],
                 sample=sample_offset + k,
                 tensor_id=number,
                 tau=tau,

@@ -74,13 +74,6 @@ def _set_dims(seed: Tensor | None) -> int:
     return 0 if seed is None else min(seed.dim(), 1)
 
 
-def _drawn(seed: Tensor | None, samples: int) -> int:
-    """The masks of every set; of a seed [sets, draws], `samples` for each draw."""
-    if seed is None:
-        return 1
-    return samples * (seed.shape[1] if seed.dim() == 2 else 1)
-
-
 def _each_by_itself(arguments: Sequence[Any]) -> bool:
     """Whether the mask of a logit, without a seed, depends on no other logit."""
     *_, code, _, _, _, _, n_of_m = arguments
@@ -108,14 +101,14 @@ _library.define(
 
 @_library.fake("sample_mask")
 def _values_fake(logits: Tensor, seed: Tensor | None, samples: int, *_: Any) -> Tensor:
-    return logits.new_empty((_drawn(seed, samples), *logits.shape))
+    return logits.new_empty((_batching.masks_per_set(seed, samples), *logits.shape))
 
 
 @_library.fake("sample_mask_packed")
 def _packed_fake(logits: Tensor, seed: Tensor | None, samples: int, *_: Any) -> Tensor:
     dims = _set_dims(seed)
     count = logits[0].numel() if dims else logits.numel()
-    leading = (_drawn(seed, samples), *logits.shape[:dims])
+    leading = (_batching.masks_per_set(seed, samples), *logits.shape[:dims])
     return logits.new_empty((*leading, (count + 7) // 8), dtype=torch.uint8)
 
 
