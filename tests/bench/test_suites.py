@@ -207,8 +207,8 @@ class TestConv:
         for row in conv_rows:
             assert set(row["seconds"]) == {"plain", "fused", "naive"}
             assert max(row["error_over_allowed"].values()) <= 1.0
-            shares = row["ratio_to_plain"]["value"] / row["naive_ratio_to_plain"]["value"]
-            assert row["ratio_to_naive"]["value"] == pytest.approx(shares)
+            ratios = ("ratio_to_plain", "naive_ratio_to_plain", "ratio_to_naive")
+            assert all(0.0 < row[name]["p20"] <= row[name]["value"] for name in ratios)
         assert conv_rows[1]["verdict"] == "no target"
 
     def test_the_full_table_has_the_wanted_bounds(self) -> None:
