@@ -118,10 +118,10 @@ def _floor_table(rows: Sequence[Row]) -> Table:
             for row in rows
         ],
         note="Noise: sample_mask_packed alone; forward and backward need it once each. Whole "
-        "products: the plain layer. Cut products: the library's products with the batch in as "
-        "many parts as samples. Traffic: 7 words per weight at the speed of a copy. Floor: the "
-        "larger of traffic and whole products plus twice the noise; it takes masking, slopes and "
-        "the cut as free.",
+        "products: the plain layer, seen through an operation of Python that does nothing. Cut "
+        "products: the library's products with the batch in as many parts as samples. Traffic: 7 "
+        "words per weight at the speed of a copy. Floor: the larger of traffic and whole products "
+        "plus twice the noise; it takes masking, slopes and the cut as free.",
     )
 
 
