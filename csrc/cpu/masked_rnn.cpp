@@ -1,6 +1,7 @@
 // modmask::masked_rnn and its backward on the CPU. Schemas live in Python.
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -23,6 +24,7 @@ CellSizes sizes_of(RnnCell cell) {
 struct RnnArguments {
   Contiguous x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh,
       bias_logits_ih, bias_logits_hh, seed, lengths;
+  CutStore cuts;
   RnnProblem problem{};
 
   RnnArguments(
@@ -45,7 +47,8 @@ struct RnnArguments {
       int64_t sample_offset,
       int64_t samples,
       double tau,
-      bool hard)
+      bool hard,
+      const EstimatorArguments& estimator)
       : x(x_),
         h0(h0_),
         c0(c0_),
@@ -96,7 +99,7 @@ struct RnnArguments {
           "lengths must be int64, one per sequence");
     }
     STD_TORCH_CHECK(tensor_ids.size() == 4, "tensor_ids must be four numbers");
-    problem.mask = mask_spec(seed_, seed, sets, samples, 0, sample_offset, 0, tau, hard);
+    problem.mask = mask_spec(seed_, seed, sets, samples, 0, sample_offset, 0, tau, hard, estimator);
     const int64_t groups = sets * problem.mask.samples;
     STD_TORCH_CHECK(
         groups > 0 && batch % groups == 0,
@@ -116,6 +119,15 @@ struct RnnArguments {
     both(problem.logits, logits_ih, logits_hh);
     both(problem.biases, bias_ih, bias_hh);
     both(problem.bias_logits, bias_logits_ih, bias_logits_hh);
+    if (problem.mask.estimator == Estimator::kTopK) {
+      // without noise the numbers only tell the cuts apart, so equal ones do no harm
+      std::iota(problem.tensor_ids, problem.tensor_ids + 4, 0);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int64_t columns = i == 0 ? problem.in : problem.hidden;
+      cuts.add(problem.mask, estimator, problem.tensor_ids[i], problem.logits[i], out * columns);
+      cuts.add(problem.mask, estimator, problem.tensor_ids[2 + i], problem.bias_logits[i], out);
+    }
   }
 
   int64_t batch() const {
@@ -175,10 +187,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_rnn(
     int64_t sample_offset,
     int64_t samples,
     double tau,
-    bool hard) {
+    bool hard,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic) {
   const RnnArguments a(
       x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh, bias_logits_ih,
-      bias_logits_hh, seed, lengths, cell, reverse, tensor_ids, sample_offset, samples, tau, hard);
+      bias_logits_hh, seed, lengths, cell, reverse, tensor_ids, sample_offset, samples, tau, hard,
+      {estimator, low, high, clamp, antithetic});
   const RnnProblem& p = a.problem;
   const int64_t batch = a.batch();
   Tensor y = empty_like(x, {p.steps, batch, p.hidden});
@@ -227,10 +245,16 @@ Eleven masked_rnn_backward(
     int64_t samples,
     double tau,
     bool hard,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic,
     int64_t needs) {
   const RnnArguments a(
       x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh, bias_logits_ih,
-      bias_logits_hh, seed, lengths, cell, reverse, tensor_ids, sample_offset, samples, tau, hard);
+      bias_logits_hh, seed, lengths, cell, reverse, tensor_ids, sample_offset, samples, tau, hard,
+      {estimator, low, high, clamp, antithetic});
   const RnnProblem& p = a.problem;
   const Contiguous dy_data(dy), dh_n_data(dh_n), dc_n_data(dc_n), y_data(y), saved_data(saved);
   STD_TORCH_CHECK(

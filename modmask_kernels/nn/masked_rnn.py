@@ -63,35 +63,29 @@ class _MaskedRecurrent(MaskedModule):
             expected = cls.dense_type.__name__
             raise TypeError(f"module: expected a torch.nn.{expected}, got {type(module).__name__}")
 
-    def _draw_of(self, names: Sequence[str], seed: Tensor | None) -> dict[str, Any]:
-        """The arguments of the operation that say which masks it draws; `names`: parameters."""
-        rule = self._rule(self.effective_mode)
-        return {
-            "seed": seed,
-            "tensor_ids": [self.tensor_ids.get(name, 0) for name in names],
-            "sample_offset": self.sample_offset,
-            "samples": self.samples,
-            "tau": rule["tau"],
-            "hard": rule["hard"],
-        }
-
     def _apply_operation(
         self,
         x: Tensor,
         state: State,
         names: Sequence[str],
-        seed: Tensor | None,
+        rule: dict[str, Any],
         masked: dict[str, Tensor] | None = None,
         **options: Any,
     ) -> tuple[Tensor, State]:
         """The fused operation with the parameters `names`, in the order of `_PARAMETERS`.
 
-        `masked`: parameters that have their masks already, for a single group.
+        `rule`: that of the mode. `masked`: parameters that have their masks already, for a single
+        group, in place of a rule.
         """
         tensors = [getattr(self, name) if name in self._parameters else None for name in names]
         if masked is None:
             logits = [self._logits(name) for name in names]
-            options.update(self._draw_of(names, seed))
+            options.update(
+                tensor_ids=[self.tensor_ids.get(name, 0) for name in names],
+                sample_offset=self.sample_offset,
+                samples=self.samples,
+                **rule,
+            )
         else:
             tensors = [masked.get(n, t) for n, t in zip(names, tensors, strict=True)]
             kept = x.new_ones((), dtype=torch.float32)
@@ -140,8 +134,7 @@ class _MaskedRecurrent(MaskedModule):
     @property
     def fused(self) -> bool:
         """Whether the fused operation serves this layer; else each group runs the plain one."""
-        usual = self.estimator.name == "gumbel_sigmoid" and not (self.antithetic or self.inclusive)
-        return usual and self.granularity == "weight" and self.proj_size == 0
+        return self.granularity == "weight" and self.proj_size == 0
 
 
 class _MaskedRNNLayer(_MaskedRecurrent):
@@ -218,9 +211,10 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         """All layers; x [steps, batch, input_size], lengths on the CPU."""
         self._check_input(x, hx)
         mode = self.effective_mode
-        seed = None if mode == "off" else self._rule(mode)["seed"]
+        rule = {"seed": None} if mode == "off" else self._rule(mode)
         if mode != "off" and self.fused:
-            return self._run_fused(x, hx, lengths, seed)
+            return self._run_fused(x, hx, lengths, rule)
+        seed = rule["seed"]
         groups = 1 if mode == "off" else self._groups(seed)
         if x.shape[1] % groups:
             raise ValueError(
@@ -256,7 +250,7 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         module, since a compiled region cannot make a module.
         """
         if masked and self.proj_size == 0 and uses_kernel(x):
-            y, last = self._run_fused(x, states, lengths, None, masked)
+            y, last = self._run_fused(x, states, lengths, {}, masked)
             return (y, *last)
         names = [
             name
@@ -301,7 +295,7 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         x: Tensor,
         hx: State | None,
         lengths: Tensor | None,
-        seed: Tensor | None,
+        rule: dict[str, Any],
         masked: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         directions = 2 if self.bidirectional else 1
@@ -317,7 +311,7 @@ class _MaskedRNNLayer(_MaskedRecurrent):
                     x,
                     () if hx is None else tuple(h[number] for h in hx),
                     self._names(layer, direction)[: len(_PARAMETERS)],
-                    seed,
+                    rule,
                     masked,
                     lengths=where,
                     reverse=direction == 1,
@@ -346,8 +340,8 @@ class MaskedLSTM(_MaskedRNNLayer):
     The batch is cut into ``active sets * samples`` equal contiguous groups; group
     ``g = set * samples + sample`` runs through all steps, layers and directions with its own draw
     of the masks of its set (Csordás et al. 2021, section 2). Each direction of each layer is one
-    fused operation (`ops.masked_lstm`), forward and backward; with `proj_size`, a coarser
-    granularity or another estimator the layer runs once per group on masked copies of its weights.
+    fused operation (`ops.masked_lstm`), forward and backward; with `proj_size` or a coarser
+    granularity the layer runs once per group on masked copies of its weights.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
@@ -683,10 +677,11 @@ class _MaskedCell(_MaskedRecurrent):
                     f"hx: expected shape {[x.shape[0], self.hidden_size]}, got {list(h.shape)}"
                 )
         mode = self.effective_mode
-        seed = None if mode == "off" else self._rule(mode)["seed"]
+        rule = {"seed": None} if mode == "off" else self._rule(mode)
         if mode != "off" and self.fused:
-            _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, seed)
+            _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, rule)
             return last
+        seed = rule["seed"]
         groups = 1 if mode == "off" else self._groups(seed)
         if x.shape[0] % groups:
             raise ValueError(

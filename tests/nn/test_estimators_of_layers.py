@@ -225,11 +225,12 @@ def test_compile(name):
 @each_estimator
 @pytest.mark.parametrize("mode", ["sample", "soft", "threshold", "noiseless"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.MultiheadAttention])
-def test_layers_without_kernels_for_it_take_the_general_path(name, mode, kind):
+def test_layers_of_several_parameters(name, mode, kind):
     torch.manual_seed(0)
     plain = kind(8, 8) if kind is not nn.MultiheadAttention else kind(8, 2)
     layer = mm.mask_model(plain, samples=2, estimator=ESTIMATORS[name])
     layer.mode, layer.seed = mode, torch.tensor([4])
+    assert "general path" not in mm.explain(layer)
     with torch.no_grad():
         for leaf in layer.masked:
             layer.logits_of(leaf).normal_()

@@ -172,6 +172,37 @@ def test_a_row_mask_takes_the_general_path(kind):
 
 
 @each_kind
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("rule", [{"antithetic": True}, {"inclusive": True}, {}])
+def test_rules_of_masks_are_those_of_the_general_path(kind, cell, rule):
+    torch.manual_seed(3)
+    masked, plain = (CELLS if cell else LAYERS)[kind]
+    options = {"samples": 2, "mask_bias": True, "init": 0.0}
+    # blocks of one weight take the general path
+    layers = [
+        masked.from_dense(plain(5, 7), granularity=granularity, **options)
+        for granularity in ("weight", ("block", 1, 1))
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        layer.seed = torch.tensor([4])
+        layer.estimator = "hard_concrete" if not rule else "gumbel_sigmoid"
+        for name, value in rule.items():
+            setattr(layer, name, value)
+        layer.mode = "threshold" if "inclusive" in rule else "sample"
+    assert ["general path" in mm.explain(layer) for layer in layers] == [False, True]
+    x = torch.randn(4, 5) if cell else torch.randn(3, 4, 5)
+    found = []
+    for layer in layers:
+        last = layer(x)
+        y = last[0] if isinstance(last, tuple) else last
+        logits = [layer.logits_of(name) for name in layer.masked]
+        found.append((y, *torch.autograd.grad(y.square().sum(), logits)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@each_kind
 def test_dropout_is_between_layers(kind):
     plain = plain_of(kind, num_layers=2, dropout=0.5)
     layer = LAYERS[kind][0].from_dense(plain)
@@ -388,7 +419,7 @@ def test_checkpointing_over_two_layers_changes_nothing(kind):
 @each_kind
 @pytest.mark.parametrize("cell", [False, True])
 @pytest.mark.parametrize("options", [{"granularity": "row"}, {"estimator": "hard_concrete"}])
-def test_the_general_path_compiles(kind, cell, options):
+def test_compiles(kind, cell, options):
     torch.manual_seed(0)
     layer = mm.mask_model(
         (CELLS if cell else LAYERS)[kind][1](5, 6), samples=2, init=0.0, **options

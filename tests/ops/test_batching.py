@@ -334,6 +334,15 @@ def run_cell(cell, lengths=None, **given):
     return torch.cat([y, h[None]])
 
 
+def gradients_of_cell(cell, lengths=None, **given):
+    wanted = ("x", "h0", "logits_ih", "logits_hh", "bias_logits_ih")
+
+    def loss(leaves):
+        return run_cell(cell, lengths, **{**given, **leaves}).square().sum()
+
+    return tuple(torch.func.grad(loss)({k: given[k] for k in wanted}).values())
+
+
 @pytest.mark.parametrize("sets", [None, 2])
 @pytest.mark.parametrize(
     "names", ["seed", "seed x", "x h0", "logits_hh", "seed logits_ih logits_hh"]
@@ -352,15 +361,25 @@ def test_recurrent_layers(cell, names, sets, capability):
     assert torch.equal(together, torch.stack(alone))
 
     def gradients(**given):
-        wanted = ("x", "h0", "logits_ih", "logits_hh", "bias_logits_ih")
-
-        def loss(leaves):
-            return forward(**{**given, **leaves}).square().sum()
-
-        return tuple(torch.func.grad(loss)({k: given[k] for k in wanted}).values())
+        return gradients_of_cell(cell, lengths, **given)
 
     calls, together, alone = together_and_alone(gradients, tensors, names.split())
     assert len(calls) == (2 if once else 2 * ELEMENTS)
+    for found, expected in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("estimator", ["hard_concrete", "sigmoid", "threshold", "top_k"])
+@pytest.mark.parametrize("names", ["seed x", "seed logits_ih logits_hh"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_estimators_of_recurrent_layers(cell, names, estimator):
+    tensors = recurrent_operands(cell, None)
+
+    def gradients(**given):
+        return gradients_of_cell(cell, estimator=estimator, antithetic=True, hard=False, **given)
+
+    calls, together, alone = together_and_alone(gradients, tensors, names.split())
+    assert calls == ["masked_rnn", "masked_rnn_backward"]
     for found, expected in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.equal(found, torch.stack(expected))
 
@@ -414,9 +433,12 @@ def test_recurrent_reference_of_several_draws(cell):
     parameters += [tensors["bias_ih"], tensors["bias_hh"], tensors["bias_logits_ih"], None]
     seed = torch.arange(6).reshape(2, 3)
     rest = (None, ("lstm", "gru").index(cell), False, [3, 9, 4, 1], 0, 2, 1.0, True)
-    arguments = (x, h0, c0, *parameters, seed, *rest)
-    found = torch.ops.modmask.masked_rnn(*arguments)
-    for a, b in zip(found, rnn_reference.masked_rnn(*arguments), strict=False):
+    operands = (x, h0, c0, *parameters, seed, *rest)
+    drawn = arguments("gumbel_sigmoid", True)
+    found = torch.ops.modmask.masked_rnn(*operands, *drawn)
+    expected = rnn_reference.masked_rnn(*operands, antithetic=True)
+    for a, b in zip(found, expected, strict=False):
         torch.testing.assert_close(a, b)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.modmask.masked_rnn.default, arguments, test_utils=tests)
+    operation = torch.ops.modmask.masked_rnn.default
+    torch.library.opcheck(operation, (*operands, *drawn), test_utils=tests)

@@ -8,6 +8,7 @@ from tolerance import check_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modmask_kernels import _native, ops
+from modmask_kernels.ops import estimators
 from modmask_kernels.ops.masked_rnn import reference
 
 NAMES = (
@@ -28,6 +29,17 @@ MATRICES = tuple(name for name in NAMES if "bias_logits" not in name)
 OPERATIONS = {"lstm": ops.masked_lstm, "gru": ops.masked_gru}
 needs_kernels = pytest.mark.skipif(not _native.available(), reason="tests the compiled kernels")
 each_cell = pytest.mark.parametrize("cell", ["lstm", "gru"])
+# the options of a call that say how masks follow from logits and noise
+ESTIMATORS = {
+    "hard_concrete": {"estimator": estimators.hard_concrete((-0.2, 1.3), clamp=1e-2), "tau": 2 / 3},
+    "sigmoid": {"estimator": estimators.sigmoid(), "tau": 0.4},
+    "threshold": {"estimator": estimators.threshold(0.25)},
+    "threshold, inclusive": {"estimator": estimators.threshold(0.25, inclusive=True)},
+    "top_k": {"estimator": estimators.top_k(0.3)},
+    "antithetic": {"estimator": estimators.gumbel_sigmoid(), "antithetic": True},
+    "antithetic, hard_concrete": {"estimator": estimators.hard_concrete(), "antithetic": True},
+}
+each_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 
 
 def tensors_of(cell, steps=4, rows=9, inputs=19, hidden=21, sets=2, samples=2, **given_options):
@@ -36,6 +48,7 @@ def tensors_of(cell, steps=4, rows=9, inputs=19, hidden=21, sets=2, samples=2, *
     seeds = given_options.pop("seeds", "each")
     absent = given_options.pop("absent", ())
     cut = given_options.pop("cut", False)
+    ties = given_options.pop("ties", False)
     g = torch.Generator().manual_seed(given_options.pop("draw", 0))
     out = reference.GATES[cell] * hidden
     batch = sets * (1 if seeds is None else samples) * rows
@@ -44,7 +57,8 @@ def tensors_of(cell, steps=4, rows=9, inputs=19, hidden=21, sets=2, samples=2, *
         return (torch.randn(shape, generator=g) * scale).to(dtype)
 
     def logits(*shape):
-        return normal(sets, *shape, scale=2.0, dtype=torch.float32)
+        drawn = normal(sets, *shape, scale=2.0, dtype=torch.float32)
+        return (4 * drawn).round() / 4 if ties else drawn
 
     tensors = {
         "x": normal(steps, batch, inputs),
@@ -199,6 +213,64 @@ def test_gradients_of_masked_biases(cell, capability):
 
 
 @each_cell
+@each_estimator
+@pytest.mark.parametrize(("hard", "seeds"), [(True, "each"), (False, "each"), (False, None)])
+def test_estimators(cell, name, hard, seeds, capability):
+    change = {"hard": hard, "seeds": seeds, "sample_offset": 1, **ESTIMATORS[name]}
+    ties = change["estimator"].name in ("threshold", "top_k")
+    check(cell, draws=10, ties=ties, **change)
+
+
+@each_cell
+@pytest.mark.parametrize("name", ["hard_concrete", "top_k"])
+def test_estimators_of_masked_biases(cell, name, capability):
+    biases = ("bias_ih", "bias_hh", "bias_logits_ih", "bias_logits_hh")
+    check(cell, biases, draws=16, steps=3, ties=True, hard=False, **ESTIMATORS[name])
+
+
+@each_cell
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"rows": 33, "hidden": 70}], ids=str)
+def test_cuts_through_matrices_of_several_tiles(cell, change, capability):
+    check(cell, ties=True, inputs=300, sets=2, samples=1, **ESTIMATORS["top_k"], **change)
+
+
+@needs_kernels
+@each_cell
+@each_estimator
+def test_hard_masks_are_those_of_sample_mask(cell, name, capability):
+    """The gradient of a weight is zero where its mask is, in the one group that has a gradient."""
+    tensors, options = tensors_of(cell, ties=True, sample_offset=1, **ESTIMATORS[name])
+    leaves = [tensors[n].requires_grad_() for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    y, _ = OPERATIONS[cell](**tensors, **options)
+    drawn = [
+        ops.sample_mask(
+            tensors[n],
+            tensor_id=number,
+            **{k: v for k, v in options.items() if k not in ("tensor_ids", "lengths")},
+        )
+        for n, number in zip(
+            ("logits_ih", "logits_hh", "bias_logits_ih", "bias_logits_hh"),
+            options["tensor_ids"],
+            strict=True,
+        )
+    ]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    for g, part in enumerate(y.chunk(4, dim=1)):
+        grads = torch.autograd.grad(part, leaves, dy.chunk(4, dim=1)[g], retain_graph=True)
+        for grad, masks in zip(grads, drawn, strict=True):
+            assert torch.equal(grad != 0, masks[g % 2, g // 2] > 0)
+
+
+@needs_kernels
+@each_cell
+def test_top_k_knows_parameters_of_one_number_apart(cell):
+    tensors, options = tensors_of(cell, **ESTIMATORS["top_k"])
+    found = apply(OPERATIONS[cell], tensors, options)
+    same = apply(OPERATIONS[cell], tensors, {**options, "tensor_ids": (5, 5, 5, 5)})
+    assert all(torch.equal(found[n], same[n]) for n in found)
+
+
+@each_cell
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_options(cell, data):
@@ -316,8 +388,10 @@ def test_groups_at_once_are_groups_one_by_one(cell, capability):
 
 @needs_kernels
 @each_cell
-def test_threads_and_runs_change_nothing(cell, capability, threads):
-    tensors, options = tensors_of(cell, rows=70, hidden=40, inputs=50, samples=1, cut=True)
+@pytest.mark.parametrize("name", [None, "top_k", "antithetic, hard_concrete"])
+def test_threads_and_runs_change_nothing(cell, name, capability, threads):
+    change = {"samples": 1} if name is None else {"hard": False, **ESTIMATORS[name]}
+    tensors, options = tensors_of(cell, rows=70, hidden=40, inputs=50, cut=True, **change)
     threads(1)
     first = apply(OPERATIONS[cell], tensors, options)
     for n in (1, 2, 3, 4):
@@ -346,7 +420,8 @@ def test_another_capability_between_forward_and_backward():
 
 
 @each_cell
-def test_opcheck(cell):
+@pytest.mark.parametrize("estimator", ["gumbel_sigmoid", "top_k"])
+def test_opcheck(cell, estimator):
     tensors, options = tensors_of(cell, cut=True)
     arguments = [
         *(tensors[n].requires_grad_() if n in tensors else None for n in NAMES),
@@ -359,6 +434,7 @@ def test_opcheck(cell):
         2,
         1.0,
         True,
+        *estimators.arguments(estimator, True),
     ]
     # what the backward pass keeps has no gradient of its own, which the first test wants to see
     torch.library.opcheck(
@@ -401,8 +477,9 @@ def test_vmap_and_functional_transforms(cell, capability):
 
 
 @each_cell
-def test_compiles_without_breaks_or_recompiles(cell):
-    tensors, options = tensors_of(cell, rows=6, absent=("h0", "c0"))
+@pytest.mark.parametrize("change", [{}, ESTIMATORS["top_k"]], ids=["default", "top_k"])
+def test_compiles_without_breaks_or_recompiles(cell, change):
+    tensors, options = tensors_of(cell, rows=6, absent=("h0", "c0"), **change)
     counter = CompileCounterWithBackend("aot_eager")
 
     def call(x, logits):
@@ -481,6 +558,8 @@ BAD = [
     ({"x": None}, TypeError, r"x must be a tensor, not NoneType"),
     ({"samples": 0}, ValueError, r"samples must be at least 1, not 0"),
     ({"tau": -1.0}, ValueError, r"tau must be positive and finite"),
+    ({"estimator": "gumbel"}, ValueError, r"estimator: expected one of .*, got 'gumbel'"),
+    ({"estimator": 3}, TypeError, r"estimator: expected a name or an Estimator, got int"),
 ]
 
 

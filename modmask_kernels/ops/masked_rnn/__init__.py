@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _batching, _check, _library
+from .. import _batching, _check, _library, estimators
 from .._masked_product import lowered, uses_kernel
+from ..estimators import Estimator
 from . import reference
 from .reference import CELLS, GATES
 
@@ -33,7 +34,8 @@ _OPERANDS = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor logits_ih, "
     "Tensor logits_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? bias_logits_ih, "
     "Tensor? bias_logits_hh, Tensor? seed, Tensor? lengths, int cell, bool reverse, "
-    "int[] tensor_ids, SymInt sample_offset, int samples, float tau, bool hard"
+    "int[] tensor_ids, SymInt sample_offset, int samples, float tau, bool hard, "
+    f"{estimators.SCHEMA}"
 )
 _GRADIENTS = len(_NAMES)
 _TENSORS = _GRADIENTS + 2  # and seed and lengths, which have no gradient
@@ -42,9 +44,15 @@ _SAVED = {"lstm": 5, "gru": 4}
 _LANES = {"avx512": 16, "avx2": 8, "plain": 4, None: 0}
 
 
+def _by_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference with the arguments of the schema."""
+    *operands, code, low, high, clamp, antithetic = arguments
+    operands += [estimators.of_arguments(code, low, high, clamp), antithetic]
+    return reference.masked_rnn(*operands)
+
+
 def _reference(*arguments: Any) -> tuple[Tensor, ...]:
-    results = reference.masked_rnn(*arguments)
-    return (*results, arguments[0].new_empty(1))
+    return (*_by_reference(*arguments), arguments[0].new_empty(1))
 
 
 def _backward_reference(
@@ -62,7 +70,7 @@ def _backward_reference(
             None if t is None else t.detach().requires_grad_(want)
             for t, want in zip(given, wanted, strict=True)
         ]
-        results = reference.masked_rnn(*leaves, *rest)  # type: ignore[arg-type]
+        results = _by_reference(*leaves, *rest)
     found = torch.autograd.grad(
         [t for t, d in zip(results, (dy, dh_n, dc_n), strict=True) if d is not None],
         [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None],
@@ -185,6 +193,8 @@ def _masked_rnn(
     tau: float,
     hard: bool,
     batch_dim: int,
+    estimator: str | Estimator,
+    antithetic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check.check_tensors(
         x=x, weight_ih=weight_ih, weight_hh=weight_hh, logits_ih=logits_ih, logits_hh=logits_hh
@@ -274,7 +284,7 @@ def _masked_rnn(
         *(x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh),
         *(bias_ih, bias_hh, bias_logits_ih, bias_logits_hh),
         *(seed, lengths, CELLS.index(cell), reverse, list(tensor_ids)),
-        *(sample_offset, samples, tau, hard),
+        *(sample_offset, samples, tau, hard, *estimators.arguments(estimator, antithetic)),
     )
     if uses_kernel(x):
         # the kernels compute in float32; weights are as large as they are, whatever the samples
@@ -282,7 +292,7 @@ def _masked_rnn(
         y, h_n, c_n, _ = _operation(*wide_ones, *arguments[_GRADIENTS:])
         y, h_n, c_n = (t.to(x.dtype) for t in (y, h_n, c_n))
     else:
-        y, h_n, c_n = reference.masked_rnn(*arguments)
+        y, h_n, c_n = _by_reference(*arguments)
     return y.transpose(0, 1) if batch_dim == 0 else y, h_n, c_n
 
 
@@ -308,6 +318,8 @@ def masked_lstm(
     tau: float = 1.0,
     hard: bool = True,
     batch_dim: int = 1,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     r"""One direction of one LSTM layer whose weights are masked anew for every group of the batch.
 
@@ -331,11 +343,13 @@ def masked_lstm(
         lengths: int64 `[batch]`: sequence b has steps `0 .. lengths[b] - 1`; results beyond are 0,
             final states are those of its own end.
         reverse: from the last step to the first.
-        seed: int64 tensor `[]` or `[sets]`; `None` keeps weights with `logit > 0`, whatever
-            `samples` says.
+        seed: int64 tensor `[]` or `[sets]`; `None` draws no noise and keeps weights with
+            `logit > 0`, whatever `samples` says.
         tensor_ids: name weight_ih, weight_hh, bias_ih and bias_hh in the noise.
         sample_offset, samples, tau, hard: as in `masked_linear`.
         batch_dim: 1, or 0 for batch-first inputs.
+        estimator, antithetic: as in `masked_linear`; top_k ranks each of the four parameters by
+            itself.
 
     Returns:
         `y`, with `hidden` in place of `in`, and `(h_n, c_n)`, each `[batch, hidden]`; dtype of `x`.
@@ -369,6 +383,8 @@ def masked_lstm(
         tau=tau,
         hard=hard,
         batch_dim=batch_dim,
+        estimator=estimator,
+        antithetic=antithetic,
     )
     return y, (h_n, c_n)
 
@@ -394,6 +410,8 @@ def masked_gru(
     tau: float = 1.0,
     hard: bool = True,
     batch_dim: int = 1,
+    estimator: str | Estimator = "gumbel_sigmoid",
+    antithetic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""One direction of one GRU layer whose weights are masked anew for every group of the batch.
 
@@ -403,7 +421,7 @@ def masked_gru(
     Args:
         x, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh, bias_logits_ih,
             bias_logits_hh, h0, lengths, reverse, seed, tensor_ids, sample_offset, samples, tau,
-            hard, batch_dim: as in `masked_lstm`.
+            hard, batch_dim, estimator, antithetic: as in `masked_lstm`.
 
     Returns:
         `y` and `h_n` `[batch, hidden]`, dtype of `x`.
@@ -434,5 +452,7 @@ def masked_gru(
         tau=tau,
         hard=hard,
         batch_dim=batch_dim,
+        estimator=estimator,
+        antithetic=antithetic,
     )
     return y, h_n

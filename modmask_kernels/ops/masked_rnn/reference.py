@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..estimators import GUMBEL_SIGMOID, Estimator
 from ..sample_mask.reference import mask_of_sample
 
 CELLS = ("lstm", "gru")
@@ -60,6 +61,8 @@ def masked_rnn(
     samples: int,
     tau: float,
     hard: bool,
+    estimator: Estimator = GUMBEL_SIGMOID,
+    antithetic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [steps, batch, hidden], h_n, c_n (empty for a GRU); arguments are assumed valid."""
     sets = logits_ih.shape[0] if logits_ih.dim() == 3 else 1
@@ -86,6 +89,8 @@ def masked_rnn(
                 tensor_id=number,
                 tau=tau,
                 hard=hard,
+                estimator=estimator,
+                antithetic=antithetic,
             )
             masked.append(parameter * mask.to(parameter.dtype))
         part = slice(g * rows, (g + 1) * rows)
