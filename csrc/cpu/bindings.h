@@ -174,8 +174,9 @@ inline MaskSpec mask_spec(
 class CutStore {
  public:
   // For one parameter, of `count` logits per set, or in all where the sets share them. To be called
-  // before any copy of the spec is used.
-  void add(
+  // before any copy of the spec is used. Returns the number by which the masks of the parameter are
+  // asked for: where they have no noise, it only tells the cuts apart, also of equal tensor_ids.
+  int64_t add(
       MaskSpec& spec,
       const EstimatorArguments& estimator,
       int64_t tensor_id,
@@ -183,7 +184,7 @@ class CutStore {
       int64_t count,
       bool shared = false) {
     if (spec.estimator != Estimator::kTopK || logits == nullptr) {
-      return;
+      return tensor_id;
     }
     STD_TORCH_CHECK(
         spec.element_offset == 0, "top_k needs the logits as a whole: element_offset must be 0");
@@ -204,9 +205,11 @@ class CutStore {
               torch_runner()),
           "logits must not hold NaN");
     }
-    of_tensor_[size_++] = {tensor_id, cuts.data()};
+    const int64_t number = static_cast<int64_t>(size_);
+    of_tensor_[size_++] = {number, cuts.data()};
     spec.cuts = of_tensor_;
     spec.cut_count = static_cast<int64_t>(size_);
+    return number;
   }
 
  private:

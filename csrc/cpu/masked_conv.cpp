@@ -61,16 +61,16 @@ struct ConvArguments {
     problem.mask = mask_spec(
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
     problem.mask.shared = are_shared(logits_, weight_.dim() + 1);
-    cuts.add(
+    problem.mask.tensor_id = cuts.add(
         problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets,
         problem.mask.shared);
-    cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), outputs);
+    problem.bias_tensor_id =
+        cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), outputs);
     problem.mask.layout = layout.layout;
     const int64_t parts = sets * problem.mask.samples;
     STD_TORCH_CHECK(
         parts > 0 && x_.size(0) % parts == 0,
         "the batch of x does not divide into sets * samples groups");
-    problem.bias_tensor_id = bias_tensor_id;
     problem.images = x_.size(0) / parts;
     problem.x = x.data();
     problem.weight = weight.data();

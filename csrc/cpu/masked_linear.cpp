@@ -59,10 +59,11 @@ struct Arguments {
     problem.mask = mask_spec(
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
     problem.mask.shared = are_shared(logits_, weight_.dim() + 1);
-    cuts.add(
+    problem.mask.tensor_id = cuts.add(
         problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets,
         problem.mask.shared);
-    cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), out);
+    problem.bias_tensor_id =
+        cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), out);
     problem.mask.layout = layout.layout;
     int64_t all_rows = 1;
     for (int64_t d = 0; d + 1 < x_.dim(); ++d) {
@@ -72,7 +73,6 @@ struct Arguments {
     STD_TORCH_CHECK(
         groups > 0 && x_.size(0) % groups == 0,
         "the batch of x does not divide into sets * samples groups");
-    problem.bias_tensor_id = bias_tensor_id;
     problem.dtype = element_type(x_);
     problem.rows = all_rows / groups;
     problem.in = in;

@@ -1,7 +1,6 @@
 // modmask::masked_rnn and its backward on the CPU. Schemas live in Python.
 
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -105,7 +104,6 @@ struct RnnArguments {
         groups > 0 && batch % groups == 0,
         "the batch of x does not divide into sets * samples groups");
     problem.rows = batch / groups;
-    std::copy(tensor_ids.begin(), tensor_ids.end(), problem.tensor_ids);
     problem.reverse = reverse;
     problem.lengths = static_cast<const int64_t*>(lengths.data());
     problem.x = x.floats();
@@ -119,14 +117,12 @@ struct RnnArguments {
     both(problem.logits, logits_ih, logits_hh);
     both(problem.biases, bias_ih, bias_hh);
     both(problem.bias_logits, bias_logits_ih, bias_logits_hh);
-    if (problem.mask.estimator == Estimator::kTopK) {
-      // without noise the numbers only tell the cuts apart, so equal ones do no harm
-      std::iota(problem.tensor_ids, problem.tensor_ids + 4, 0);
-    }
     for (int i = 0; i < 2; ++i) {
       const int64_t columns = i == 0 ? problem.in : problem.hidden;
-      cuts.add(problem.mask, estimator, problem.tensor_ids[i], problem.logits[i], out * columns);
-      cuts.add(problem.mask, estimator, problem.tensor_ids[2 + i], problem.bias_logits[i], out);
+      problem.tensor_ids[i] =
+          cuts.add(problem.mask, estimator, tensor_ids[i], problem.logits[i], out * columns);
+      problem.tensor_ids[2 + i] =
+          cuts.add(problem.mask, estimator, tensor_ids[2 + i], problem.bias_logits[i], out);
     }
   }
 

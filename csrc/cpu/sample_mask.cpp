@@ -42,7 +42,7 @@ struct SampleArguments {
         seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
     count = sets > 0 ? logits_.numel() / sets : 0;
     spec.shared = per_set && are_shared(logits_, logits_.dim());
-    cuts.add(spec, estimator, tensor_id, logits.floats(), count, spec.shared);
+    spec.tensor_id = cuts.add(spec, estimator, tensor_id, logits.floats(), count, spec.shared);
     if (!n_of_m.empty()) {
       const int64_t inputs_at = per_set ? 2 : 1;
       STD_TORCH_CHECK(

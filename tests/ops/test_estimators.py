@@ -314,6 +314,19 @@ def test_top_k_keeps_the_first_of_equal_scores():
         assert mask.tolist() == expected
 
 
+@pytest.mark.parametrize("kernel", [(), (3, 2)], ids=str)
+def test_top_k_knows_weight_and_bias_of_one_number_apart(kernel):
+    product = ops.masked_conv2d if kernel else ops.masked_linear
+    x, weight = normal(4, 5, *[4 for _ in kernel]), normal(6, 5, *kernel, seed=1)
+    logits, bias, bias_logits = normal(6, 5, *kernel, seed=2), normal(6, seed=3), normal(6) + 9.0
+    options = {"estimator": "top_k", "tensor_id": 2}
+    found = [
+        product(x, weight, logits, bias, bias_logits, bias_tensor_id=number, **options)
+        for number in (2, 3)
+    ]
+    assert torch.equal(*found)
+
+
 def test_antithetic_samples_are_pairs():
     logits = torch.zeros(10_001)
     options = {"seed": torch.tensor(3), "hard": False}
