@@ -38,13 +38,18 @@ inline void linear_backward_any(const LinearProblem& p, const Gradients& d, cons
 inline void conv_forward_any(const ConvProblem& p, void* y, const Runner& runner) {
   with_type(p.dtype, p.mask.hard, [&](auto element, auto hard) {
     using T = decltype(element);
-    conv_forward<T, decltype(hard)::value>(p, static_cast<T*>(y), runner);
+    const auto forward = is_depthwise(p) ? depthwise_forward<T, decltype(hard)::value>
+                                         : conv_forward<T, decltype(hard)::value>;
+    forward(p, static_cast<T*>(y), runner);
   });
 }
 
 inline void conv_backward_any(const ConvProblem& p, const Gradients& d, const Runner& runner) {
   with_type(p.dtype, p.mask.hard, [&](auto element, auto hard) {
-    conv_backward<decltype(element), decltype(hard)::value>(p, d, runner);
+    using T = decltype(element);
+    const auto backward = is_depthwise(p) ? depthwise_backward<T, decltype(hard)::value>
+                                          : conv_backward<T, decltype(hard)::value>;
+    backward(p, d, runner);
   });
 }
 

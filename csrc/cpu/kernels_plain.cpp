@@ -23,6 +23,7 @@
 #include "granular_rows.h"
 #include "masked_linear_kernels.h"
 #include "masked_conv_kernels.h"
+#include "depthwise_kernels.h"
 #include "select_kernels.h"
 #include "masked_rnn_kernels.h"
 #include "sample_mask_kernels.h"

@@ -666,6 +666,30 @@ inline void multiply_columns(const BackwardTile& t, int64_t depth, const float* 
 }
 
 template <typename T, bool kHard>
+void conv_bias_gradients(const ConvProblem& p, const Gradients& d, const Runner& runner) {
+  const int64_t out_pixels = ConvShape(p).out_pixels;
+  const T* dy = static_cast<const T*>(d.dy);
+  const double cost =
+      static_cast<double>(p.mask.sets * p.mask.samples * p.images * p.outputs * out_pixels) /
+      kLanes;
+  if (d.dbias != nullptr || d.dbias_logits != nullptr) {
+    bias_gradients<T, kHard>(p, d, cost, runner, [&](int64_t o, int64_t group) {
+      double total = 0.0;
+      float part[kConvPixels];
+      for (int64_t n = 0; n < p.images; ++n) {
+        const T* from = dy + ((group * p.images + n) * p.outputs + o) * out_pixels;
+        for (int64_t i = 0; i < out_pixels; i += kConvPixels) {
+          const int64_t count = out_pixels - i < kConvPixels ? out_pixels - i : kConvPixels;
+          widen_row(from + i, part, count);
+          total += sum(part, count);
+        }
+      }
+      return total;
+    });
+  }
+}
+
+template <typename T, bool kHard>
 void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runner) {
   const MaskSpec& spec = p.mask;
   const ConvShape s(p);
@@ -894,23 +918,7 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
     }
   }
 
-  if (d.dbias != nullptr || d.dbias_logits != nullptr) {
-    bias_gradients<T, kHard>(
-        p, d, static_cast<double>(groups * p.images * p.outputs * s.out_pixels) / kLanes, runner,
-        [&](int64_t o, int64_t group) {
-          double total = 0.0;
-          float part[kConvPixels];
-          for (int64_t n = 0; n < p.images; ++n) {
-            const T* from = dy + ((group * p.images + n) * p.outputs + o) * s.out_pixels;
-            for (int64_t i = 0; i < s.out_pixels; i += kConvPixels) {
-              const int64_t count = s.out_pixels - i < kConvPixels ? s.out_pixels - i : kConvPixels;
-              widen_row(from + i, part, count);
-              total += sum(part, count);
-            }
-          }
-          return total;
-        });
-  }
+  conv_bias_gradients<T, kHard>(p, d, runner);
 }
 
 }  // namespace modmask::MODMASK_CAPABILITY

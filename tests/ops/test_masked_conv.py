@@ -143,6 +143,29 @@ def test_sizes(change, capability):
     check(*tensors_of(**change))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": 5, "outputs": 1, "padding": 1},
+        {"groups": 3, "outputs": 4, "size": (17, 16), "padding": (0, 2)},
+        {"groups": 2, "outputs": 3, "size": (9, 40), "dilation": (3, 2), "padding": 1},
+        {"groups": 4, "outputs": 2, "kernel": (5, 1), "padding": (6, 3)},  # beyond the reach of dx
+        {"groups": 2, "outputs": 1, "kernel": (2, 4), "size": (2, 70), "hard": False, "tau": 0.7},
+        {"groups": 3, "outputs": 2, "kernel": (1, 1), "size": (1, 1), "seeds": None},
+        {"groups": 1, "outputs": 4, "kernel": (11, 11), "size": (12, 13), "images": 3},
+        {"groups": 2, "outputs": 1, "kernel": (12, 11), "size": (12, 13)},  # too large a kernel
+        {"groups": 2, "outputs": 5, "padding": 1},  # too many outputs
+    ],
+    ids=str,
+)
+def test_one_channel_per_group(change, dtype, capability):
+    tensors = tensors_of(dtype=dtype, channels=1, **change)
+    check(*tensors)
+    for wanted in (("x",), ("logits",), ("weight", "bias")):
+        check(*tensors, wanted)
+
+
 @pytest.mark.parametrize("wanted", [("x",), ("logits",), ("weight", "bias"), ("x", "bias_logits")])
 def test_some_gradients(wanted, capability):
     check(*tensors_of(padding=1), wanted)

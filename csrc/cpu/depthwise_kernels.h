@@ -1,0 +1,323 @@
+// Convolutions with one channel per group at stride 1: too little work per value for panels of
+// patches. A plane of x, zeros around it, stays in the first-level cache while the kernel passes
+// over it; the lanes are neighbouring pixels of a row.
+
+namespace modmask::MODMASK_CAPABILITY {
+
+inline bool is_depthwise(const ConvProblem& p) {
+  return p.channels == p.conv_groups && p.outputs <= kConvFew * p.conv_groups &&
+         p.kernel[0] * p.kernel[1] <= kSumDepth && p.stride[0] == 1 && p.stride[1] == 1;
+}
+
+// A plane of rows * columns values, at (h, w) the one of an image at (h - top, w - left), zero
+// where there is none and right of the columns for another tile.
+struct PaddedPlane {
+  int64_t rows;
+  int64_t columns;
+  int64_t top;
+  int64_t left;
+  int64_t step;  // from row to row
+
+  PaddedPlane(int64_t rows, int64_t columns, int64_t top, int64_t left)
+      : rows(rows), columns(columns), top(top), left(left), step(padded(columns + kTileColumns)) {}
+
+  int64_t size() const {
+    return rows * step;
+  }
+
+  template <typename T>
+  void fill(const T* image, int64_t height, int64_t width, float* to) const {
+    std::fill(to, to + size(), 0.0f);
+    const int64_t first = left > 0 ? left : 0;
+    const int64_t end = left + width < columns ? left + width : columns;
+    for (int64_t h = top > 0 ? top : 0; h < rows && h < top + height && first < end; ++h) {
+      widen_row(image + (h - top) * width + first - left, to + h * step + first, end - first);
+    }
+  }
+};
+
+// Where the values of a kernel lie in a plane; `flipped` counts them from the last on.
+inline void find_shifts(const ConvProblem& p, int64_t step, bool flipped, int64_t* shifts) {
+  const int64_t kernel = p.kernel[0] * p.kernel[1];
+  for (int64_t k = 0; k < kernel; ++k) {
+    const int64_t at = flipped ? kernel - 1 - k : k;
+    shifts[k] = at / p.kernel[1] * p.dilation[0] * step + at % p.kernel[1] * p.dilation[1];
+  }
+}
+
+// f(h, w, tile) with the sums over k of weights[k] * plane[h][w] shifted by shifts[k], for all rows
+// and for columns in whole tiles.
+template <typename F>
+MODMASK_INLINE void correlate(
+    const float* plane,
+    int64_t step,
+    const int64_t* shifts,
+    const float* weights,
+    int64_t kernel,
+    int64_t rows,
+    int64_t columns,
+    const F& f) {
+  for (int64_t h = 0; h < rows; ++h) {
+    for (int64_t w = 0; w < columns; w += kTileColumns) {
+      const float* at = plane + h * step + w;
+      vf c[1][2];
+      clear(c);
+      for (int64_t k = 0; k < kernel; ++k) {
+        const vf weight = splat(weights[k]);
+        c[0][0] = fma(weight, load(at + shifts[k]), c[0][0]);
+        c[0][1] = fma(weight, load(at + shifts[k] + kLanes), c[0][1]);
+      }
+      f(h, w, c);
+    }
+  }
+}
+
+// sums[k][lane] = (first ? 0 : sums) + sum over pixels of dy * plane shifted by shifts[k].
+inline void add_shifted_products(
+    const float* plane,
+    int64_t step,
+    const int64_t* shifts,
+    int64_t kernel,
+    const float* dy,
+    const PaddedPlane& dy_plane,
+    float* sums,
+    bool first) {
+  constexpr int64_t kPanels = kConvSum / kTileColumns;
+  const int64_t across = ceil_div(dy_plane.columns, kTileColumns);
+  const int64_t panels = dy_plane.rows * across;
+  for (int64_t from = 0; from < panels; from += kPanels) {
+    const int64_t count = panels - from < kPanels ? panels - from : kPanels;
+    for_even_tiles(kernel, [&](int64_t k, auto tile_rows) {
+      constexpr int kRows = decltype(tile_rows)::value;
+      vf c[kRows][2];
+      clear(c);
+      int64_t h = from / across, i = from % across;
+      for (int64_t j = 0; j < count; ++j) {
+        const float* d = dy + h * dy_plane.step + i * kTileColumns;
+        const float* at = plane + h * step + i * kTileColumns;
+        const vf d0 = load(d), d1 = load(d + kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          c[m][0] = fma(load(at + shifts[k + m]), d0, c[m][0]);
+          c[m][1] = fma(load(at + shifts[k + m] + kLanes), d1, c[m][1]);
+        }
+        if (++i == across) {
+          i = 0;
+          ++h;
+        }
+      }
+      float* to = sums + k * kTileColumns;
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v, to += kLanes) {
+          store(to, first && from == 0 ? c[m][v] : c[m][v] + load(to));
+        }
+      }
+    });
+  }
+}
+
+template <typename T, bool kHard>
+void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
+  const MaskSpec& spec = p.mask;
+  const ConvShape s(p);
+  const T* x = static_cast<const T*>(p.x);
+  const T* weight = static_cast<const T*>(p.weight);
+  const PaddedPlane plane(
+      p.out_size[0] + (p.kernel[0] - 1) * p.dilation[0],
+      p.out_size[1] + (p.kernel[1] - 1) * p.dilation[1], p.padding[0], p.padding[1]);
+  const int64_t row_size = padded(p.out_size[1], kTileColumns);
+  const int64_t step = spread(padded(s.depth));
+
+  // a task draws the masks of its channel once per sample and slice of the images
+  int64_t slices = ceil_div(4 * runner.threads, spec.sets * p.conv_groups);
+  slices = slices < p.images ? slices : p.images > 1 ? p.images : 1;
+  const double cost = static_cast<double>(spec.sets * spec.samples * p.images * s.out_pixels) *
+                      static_cast<double>(p.outputs * s.depth) / kLanes;
+  run_tasks(runner, spec.sets * p.conv_groups * slices, cost, [&](int64_t task) {
+    const int64_t slice = task % slices;
+    const int64_t channel = task / slices % p.conv_groups;
+    const int64_t set = task / slices / p.conv_groups;
+    const int64_t o0 = channel * s.outputs;
+    const float* logits = logits_of_set(spec, p.logits, set, p.outputs, s.depth);
+
+    thread_local Scratch scratch;
+    const auto lease = scratch.reserve(
+        3 * Scratch::need(s.outputs * step) + Scratch::need(words_needed(step)) +
+        2 * Scratch::need(kTileColumns) + Scratch::need(plane.size()) + Scratch::need(row_size) +
+        Scratch::need(2 * s.depth));
+    float* exps = scratch.floats(s.outputs * step);
+    float* wide = scratch.floats(s.outputs * step);
+    float* tile = scratch.floats(s.outputs * step);
+    uint32_t* words = scratch.words(words_needed(step));
+    float* bias_values = scratch.floats(kTileColumns);
+    float* bias_exps = scratch.floats(kTileColumns);
+    float* values = scratch.floats(plane.size());
+    float* row = scratch.floats(row_size);
+    int64_t* shifts = scratch.integers(s.depth);
+
+    find_shifts(p, plane.step, false, shifts);
+    load_tile(
+        weight, has_blocks(spec.layout) ? nullptr : logits, s.depth, o0, s.outputs, 0, s.depth,
+        step, wide, exps);
+    for (int64_t k = 0; k < spec.samples; ++k) {
+      masked_bias<T, kHard>(p, set, k, o0, s.outputs, bias_values, bias_exps, words);
+      mask_rows<kHard>(
+          spec, RowMasks(spec, set, k, spec.tensor_id), logits, s.depth, o0 * s.depth, s.outputs,
+          s.depth, step, wide, exps, tile, words);
+      const int64_t first_image = (set * spec.samples + k) * p.images;
+      const int64_t end = first_image + (slice + 1) * p.images / slices;
+      for (int64_t n = first_image + slice * p.images / slices; n < end; ++n) {
+        plane.fill(
+            x + (n * p.channels + channel) * p.size[0] * p.size[1], p.size[0], p.size[1], values);
+        for (int64_t o = 0; o < s.outputs; ++o) {
+          T* to = y + (n * p.outputs + o0 + o) * s.out_pixels;
+          const vf bias = splat(bias_values[o]);
+          correlate(
+              values, plane.step, shifts, tile + o * step, s.depth, p.out_size[0], p.out_size[1],
+              [&](int64_t h, int64_t w, const vf(&c)[1][2]) {
+                store(row + w, c[0][0] + bias);
+                store(row + w + kLanes, c[0][1] + bias);
+                if (w + kTileColumns >= p.out_size[1]) {
+                  narrow_row(row, to + h * p.out_size[1], p.out_size[1]);
+                }
+              });
+        }
+      }
+    }
+  });
+}
+
+template <typename T, bool kHard>
+void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& runner) {
+  const MaskSpec& spec = p.mask;
+  const ConvShape s(p);
+  const T* x = static_cast<const T*>(p.x);
+  const T* dy = static_cast<const T*>(d.dy);
+  const T* weight = static_cast<const T*>(p.weight);
+  T* dx = static_cast<T*>(d.dx);
+  T* dweight = static_cast<T*>(d.dweight);
+  const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
+  const bool blocks = has_blocks(spec.layout);
+  const int64_t in_pixels = p.size[0] * p.size[1];
+  const int64_t reach[2] = {(p.kernel[0] - 1) * p.dilation[0], (p.kernel[1] - 1) * p.dilation[1]};
+  const PaddedPlane x_plane(
+      p.out_size[0] + reach[0], p.out_size[1] + reach[1], p.padding[0], p.padding[1]);
+  const PaddedPlane dy_plane(p.out_size[0], p.out_size[1], 0, 0);
+  const PaddedPlane around(  // dy as dx sees it
+      p.size[0] + reach[0], p.size[1] + reach[1], reach[0] - p.padding[0],
+      reach[1] - p.padding[1]);
+  const PaddedPlane dx_plane(p.size[0], p.size[1], 0, 0);
+  const int64_t step = spread(padded(s.depth));
+  const int64_t tile_size = s.outputs * step;
+
+  if (dx != nullptr || need_outer) {
+    // all sets share one weight, so its gradient is summed within a task
+    const int64_t set_tasks = dweight != nullptr ? 1 : spec.sets;
+    const int64_t sets_each = spec.sets / set_tasks;
+    const double cost = static_cast<double>(spec.sets * spec.samples * p.images * s.out_pixels) *
+                        static_cast<double>(2 * p.outputs * s.depth) / kLanes;
+    const BlockGradients block_sums(spec.layout, spec.sets * p.conv_groups, s.outputs, s.depth);
+    run_tasks(runner, set_tasks * p.conv_groups, cost, [&](int64_t task) {
+      const int64_t channel = task % p.conv_groups;
+      const int64_t first_set = task / p.conv_groups * sets_each;
+      const int64_t o0 = channel * s.outputs, element = o0 * s.depth;
+
+      thread_local Scratch scratch;
+      const auto lease = scratch.reserve(
+          8 * Scratch::need(tile_size) + Scratch::need(words_needed(step)) +
+          Scratch::need(x_plane.size()) + Scratch::need(dy_plane.size()) +
+          Scratch::need(around.size()) + Scratch::need(dx_plane.size()) +
+          Scratch::need(s.outputs * s.depth * kTileColumns) + 2 * Scratch::need(2 * s.depth));
+      BackwardTile tile;
+      tile.o_count = s.outputs;
+      tile.i_count = s.depth;
+      tile.step = step;
+      tile.wide = scratch.floats(tile_size);
+      tile.exps = scratch.floats(tile_size);
+      tile.masked = scratch.floats(tile_size);
+      tile.slopes = scratch.floats(tile_size);
+      tile.values = scratch.floats(tile_size);
+      tile.dlogits = scratch.floats(tile_size);
+      float* dweight_tile = scratch.floats(tile_size);
+      tile.dweight = dweight != nullptr ? dweight_tile : nullptr;
+      float* products = scratch.floats(tile_size);
+      uint32_t* words = scratch.words(words_needed(step));
+      float* x_values = scratch.floats(x_plane.size());
+      float* dy_values = scratch.floats(dy_plane.size());
+      float* around_values = scratch.floats(around.size());
+      float* dx_values = scratch.floats(dx_plane.size());
+      float* lane_sums = scratch.floats(s.outputs * s.depth * kTileColumns);
+      int64_t* shifts = scratch.integers(s.depth);
+      int64_t* flipped = scratch.integers(s.depth);
+
+      find_shifts(p, x_plane.step, false, shifts);
+      find_shifts(p, around.step, true, flipped);
+      if (dweight != nullptr) {
+        std::fill(tile.dweight, tile.dweight + tile_size, 0.0f);
+      }
+      for (int64_t set = first_set; set < first_set + sets_each; ++set) {
+        const float* logits = logits_of_set(spec, p.logits, set, p.outputs, s.depth);
+        load_tile(
+            weight, blocks ? nullptr : logits, s.depth, o0, s.outputs, 0, s.depth, step, tile.wide,
+            tile.exps);
+        for (int64_t k = 0; k < spec.samples; ++k) {
+          mask_tile<kHard>(
+              tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, s.depth, element, words);
+          const int64_t first_image = (set * spec.samples + k) * p.images;
+          for (int64_t n = first_image; n < first_image + p.images; ++n) {
+            if (need_outer) {
+              x_plane.fill(
+                  x + (n * p.channels + channel) * in_pixels, p.size[0], p.size[1], x_values);
+            }
+            for (int64_t o = 0; o < s.outputs; ++o) {
+              const T* from = dy + (n * p.outputs + o0 + o) * s.out_pixels;
+              if (need_outer) {
+                dy_plane.fill(from, p.out_size[0], p.out_size[1], dy_values);
+                add_shifted_products(
+                    x_values, x_plane.step, shifts, s.depth, dy_values, dy_plane,
+                    lane_sums + o * s.depth * kTileColumns, n == first_image);
+              }
+              if (dx != nullptr) {
+                around.fill(from, p.out_size[0], p.out_size[1], around_values);
+                correlate(
+                    around_values, around.step, flipped, tile.masked + o * step, s.depth, p.size[0],
+                    p.size[1], [&](int64_t h, int64_t w, const vf(&c)[1][2]) {
+                      float* to = dx_values + h * dx_plane.step + w;
+                      store(to, o == 0 ? c[0][0] : c[0][0] + load(to));
+                      store(to + kLanes, o == 0 ? c[0][1] : c[0][1] + load(to + kLanes));
+                    });
+              }
+            }
+            for (int64_t h = 0; dx != nullptr && h < p.size[0]; ++h) {
+              narrow_row(
+                  dx_values + h * dx_plane.step,
+                  dx + (n * p.channels + channel) * in_pixels + h * p.size[1], p.size[1]);
+            }
+          }
+          if (need_outer) {
+            for (int64_t o = 0; o < s.outputs; ++o) {
+              add_lanes(lane_sums + o * s.depth * kTileColumns, s.depth, 1, products + o * step, 1);
+            }
+            add_sample(tile, products, d.dlogits != nullptr, k == 0);
+          }
+        }
+        if (d.dlogits != nullptr && blocks) {
+          add_blocks(block_sums, set * p.conv_groups + channel, tile, o0, 0);
+        } else if (d.dlogits != nullptr) {
+          write_dlogits(tile, 0, d.dlogits + set * p.outputs * s.depth + element, s.depth);
+        }
+      }
+      for (int64_t o = 0; dweight != nullptr && o < s.outputs; ++o) {
+        narrow_row(tile.dweight + o * step, dweight + element + o * s.depth, s.depth);
+      }
+    });
+    if (d.dlogits != nullptr) {
+      block_sums.finish(d.dlogits, logit_count(spec.layout, p.outputs, s.depth), p.conv_groups);
+    }
+  }
+  conv_bias_gradients<T, kHard>(p, d, runner);
+}
+
+}  // namespace modmask::MODMASK_CAPABILITY
