@@ -27,8 +27,14 @@ from ..nn import (
     Mode,
 )
 from ..nn.granularity import Granularity, check_granularity, logits_shape
-from ..nn.masked_any import names_to_mask
-from ..nn.masked_module import check_init, check_mode, check_tau, is_bias, name_sets
+from ..nn.masked_module import (
+    check_init,
+    check_mode,
+    check_tau,
+    is_bias,
+    name_sets,
+    names_to_mask,
+)
 from ..nn.masked_transposed import InsOuts, is_hugging_face_conv1d, turned
 from ..ops.estimators import GUMBEL_SIGMOID, Estimator, resolve
 from ..ops.sample_mask.reference import threshold

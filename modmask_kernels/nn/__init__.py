@@ -1,5 +1,6 @@
 """Layers whose weights stand under learned masks."""
 
+from .mask_options import MaskOptions
 from .masked_any import MaskedAny
 from .masked_attention import MaskedMultiheadAttention
 from .masked_conv import MaskedConv1d, MaskedConv2d
@@ -14,6 +15,7 @@ from .masked_transposed import (
 from .select import SelectAny, SelectConv1d, SelectConv2d, SelectLinear, SelectModule
 
 __all__ = [
+    "MaskOptions",
     "MaskedAny",
     "MaskedConv1d",
     "MaskedConv2d",

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +15,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from .granularity import Granularity
-from .masked_module import MaskedModule, is_bias
+from ..ops._masked_product import check_batch
+from .mask_options import MaskOptions, takes_mask_options
+from .masked_module import MaskedModule, names_to_mask
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # arguments of torch.nn modules whose batch is not where that of the input is
 _BATCH_FIRST = ("key_padding_mask",)
 _OF_POSITIONS = ("attn_mask", "src_mask", "tgt_mask", "memory_mask", "mask")
-
-
-def names_to_mask(
-    module: nn.Module, bias: bool, accept: Callable[[str, nn.Module], bool] | None = None
-) -> list[str]:
-    """The parameters of a module, at any depth, that the general path masks."""
-    found = []
-    for name, _ in module.named_parameters():
-        prefix = name.rpartition(".")[0]
-        if prefix and accept is not None and not accept(prefix, module.get_submodule(prefix)):
-            continue
-        if bias or not is_bias(name):
-            found.append(name)
-    return found
 
 
 class MaskedAny(MaskedModule):
@@ -79,27 +69,21 @@ class MaskedAny(MaskedModule):
     """
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         module: nn.Module,
         *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
         accept: Callable[[str, nn.Module], bool] | None = None,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> MaskedAny:
         """Masks over the very parameters of `module`, which are frozen by this.
 
         Args:
             module: any module; its Parameters, buffers and children are shared, not copied.
-            sets, samples, tau, init, tensor_id, granularity: as in `MaskedLinear`.
-            mask_bias: whether biases (by their names) are masked as well.
             accept: ``accept(name, child)``, True for the children at any depth whose own
                 parameters are masked; None masks those of all.
+            options: see `MaskOptions`; biases are found by their names.
 
         Raises:
             TypeError: for something else than a module that can be called.
@@ -107,8 +91,7 @@ class MaskedAny(MaskedModule):
         """
         if not isinstance(module, nn.Module) or _has_no_forward(module):
             raise TypeError(f"module: expected a module to call, got {type(module).__name__}")
-        masked = names_to_mask(module, mask_bias, accept)
-        if not masked:
+        if not names_to_mask(module, options.get("mask_bias", False), accept):
             raise ValueError(f"module: {type(module).__name__} has no parameter to mask")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -121,10 +104,7 @@ class MaskedAny(MaskedModule):
             layer.add_module(name, child)
         # not a child: names and state dict stay those of the module
         layer.__dict__["_plain"] = module
-        layer._add_masks(masked, sets, samples, tau, init, tensor_id, granularity)
-        for parameter in module.parameters():
-            if not any(parameter is layer.logits_of(name) for name in masked):
-                parameter.requires_grad_(False)
+        layer._add_masks(options, frozen=True, accept=accept)
         return layer.train(module.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -166,8 +146,7 @@ class MaskedAny(MaskedModule):
         if mode == "off":
             return functional_call(plain, tensors, args, kwargs)
         seed = self._rule(mode)["seed"]
-        samples = 1 if seed is None else self.samples
-        sets = self.sets if self._active is None else self._active[1]
+        sets, samples = self._groups(mode, seed)
         groups = sets * samples
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_packed)
         first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
@@ -178,24 +157,22 @@ class MaskedAny(MaskedModule):
             )
         recurrent = isinstance(plain, nn.RNNBase)
         dim = (0 if plain.batch_first else 1) if recurrent else self.batch_dim
-        if groups > 1 and (first is None or first.dim() <= dim or first.shape[dim] % groups):
-            got = "no tensor" if first is None else f"shape {list(first.shape)}"
-            if first is not None and first.dim() > dim and first.shape[dim] == 1:
-                got += " (none: mask the module around it)"
-            raise ValueError(
-                f"the batch of x, {got}, does not divide into {sets} sets * {samples} samples = "
-                f"{groups} equal groups along dimension {dim}"
-            )
         if groups > 1:
-            assert first is not None
+            if first is None or first.dim() <= dim or first.shape[dim] == 1:
+                got = "no tensor" if first is None else f"shape {list(first.shape)}"
+                raise ValueError(
+                    f"x must have its batch, of {groups} groups, in dimension {dim}, got {got}; "
+                    "mask the module around one that meets no batch"
+                )
+            rows = check_batch(first, dim, sets, samples)
             if isinstance(plain, _NormBase) and (plain.training or not plain.track_running_stats):
-                return self._normalise(first, groups, samples, seed, mode)
-            cut = _Cut(groups, dim, first.shape[dim] // groups)
+                return self._normalise(first, groups, seed, mode)
+            cut = _Cut(groups, dim, rows)
             args, kwargs = cut.prepare(plain, args, kwargs)
 
         outputs = []
         for g in range(groups):
-            chosen = {**tensors, **self._masked(*divmod(g, samples), seed, mode)}
+            chosen = {**tensors, **self._masked_group(g, mode, seed)}
             of_group = (args, kwargs) if groups == 1 else cut.part((args, kwargs), g)
             outputs.append(functional_call(plain, chosen, *of_group))
         if groups == 1:
@@ -206,9 +183,7 @@ class MaskedAny(MaskedModule):
             return cut.join(y), *(_Cut(groups, 1, cut.rows).join(s) for s in state)
         return cut.join(outputs)
 
-    def _normalise(
-        self, x: Any, groups: int, samples: int, seed: Tensor | None, mode: str
-    ) -> Tensor:
+    def _normalise(self, x: Any, groups: int, seed: Tensor | None, mode: str) -> Tensor:
         """Statistics of the whole batch, then weight and bias of every group."""
         plain: nn.Module = self.__dict__["_plain"]
         tensors = self._tensors()
@@ -223,14 +198,10 @@ class MaskedAny(MaskedModule):
         shape = (-1,) + (1,) * (y.dim() - 2)
         parts = []
         for g, part in enumerate(y.chunk(groups)):
-            chosen = {**tensors, **self._masked(*divmod(g, samples), seed, mode)}
+            chosen = {**tensors, **self._masked_group(g, mode, seed)}
             weight, bias = (chosen[n].to(y.dtype).view(shape) for n in ("weight", "bias"))
             parts.append(part * weight + bias)
         return torch.cat(parts)
-
-    def _masked(self, set: int, sample: int, seed: Tensor | None, mode: str) -> dict[str, Tensor]:
-        """The masked parameters of one group."""
-        return {n: self._masked_parameter(n, set, sample, seed, mode) for n in self.masked}
 
     def cost(self) -> str:
         """What a forward pass in mode "sample" does, in words."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .granularity import Granularity
-from .masked_any import names_to_mask
+from .mask_options import MaskOptions, takes_mask_options
 from .masked_module import MaskedModule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 _OPTIONS = (
     "embed_dim",
@@ -38,9 +42,8 @@ class MaskedMultiheadAttention(MaskedModule):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
             device, dtype: as in `torch.nn.MultiheadAttention`, all of them.
-        sets, samples, tau, init, tensor_id, granularity: as in `MaskedLinear`; the masked
-            parameters are numbered from `tensor_id` on.
-        mask_bias: whether in_proj_bias, out_proj.bias, bias_k and bias_v are masked as well.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`. The
+            biases are in_proj_bias, out_proj.bias, bias_k and bias_v.
 
     Parameters:
         in_proj_weight: [3 * embed_dim, embed_dim], or q_proj_weight, k_proj_weight, v_proj_weight.
@@ -87,6 +90,7 @@ class MaskedMultiheadAttention(MaskedModule):
     bias_v: Tensor | None
     out_proj: nn.Linear
 
+    @takes_mask_options
     def __init__(
         self,
         embed_dim: int,
@@ -100,18 +104,9 @@ class MaskedMultiheadAttention(MaskedModule):
         batch_first: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
-        if mask_bias and not (bias or add_bias_kv):
-            raise ValueError("mask_bias: expected False for a layer without bias, got True")
         if embed_dim > 0 and num_heads > 0 and embed_dim % num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}"
@@ -130,9 +125,7 @@ class MaskedMultiheadAttention(MaskedModule):
             dtype,
         )
         self._take(plain)
-        self._add_masks(
-            names_to_mask(plain, mask_bias), sets, samples, tau, init, tensor_id, granularity
-        )
+        self._add_masks(options)
 
     def _take(self, plain: nn.MultiheadAttention) -> None:
         """Take over options, Parameters and the output projection of a plain layer."""
@@ -145,24 +138,17 @@ class MaskedMultiheadAttention(MaskedModule):
         self.out_proj = plain.out_proj
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         attention: nn.MultiheadAttention,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> MaskedMultiheadAttention:
         """A masked layer over the very parameters of `attention`, which are frozen by this.
 
         Args:
             attention: the plain layer; its Parameters and its output projection are shared.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
-                `mask_bias` is ignored where there is no bias.
+            options: see `MaskOptions`.
         """
         if not isinstance(attention, nn.MultiheadAttention):
             raise TypeError(
@@ -171,11 +157,7 @@ class MaskedMultiheadAttention(MaskedModule):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take(attention)
-        plain = list(attention.parameters())
-        masked = names_to_mask(attention, mask_bias)
-        layer._add_masks(masked, sets, samples, tau, init, tensor_id, granularity)
-        for parameter in plain:
-            parameter.requires_grad_(False)
+        layer._add_masks(options, frozen=True)
         return layer.train(attention.training)
 
     def dense_shell(self) -> nn.Module:
@@ -413,13 +395,9 @@ class MaskedMultiheadAttention(MaskedModule):
         """A small parameter for every row of the batch, [n, embed_dim or so], masked if it is."""
         if name not in self.masked or mode == "off":
             return self._parameter(name).flatten().expand(n, -1)
-        samples = 1 if seed is None else self.samples
-        groups = samples * (self.sets if self._active is None else self._active[1])
+        groups = math.prod(self._groups(mode, seed))
         of_groups = torch.stack(
-            [
-                self._masked_parameter(name, *divmod(g, samples), seed, mode).flatten()
-                for g in range(groups)
-            ]
+            [self._masked_group(g, mode, seed, [name])[name].flatten() for g in range(groups)]
         )
         return of_groups.repeat_interleave(n // groups, 0)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .granularity import Granularity
+from .mask_options import MaskOptions, takes_mask_options
 from .masked_module import MaskedWeightAndBias
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Conv = TypeVar("Conv", bound="_MaskedConv")
 
@@ -43,6 +46,7 @@ class _MaskedConv(MaskedWeightAndBias):
     groups: int
     padding_mode: str
 
+    @takes_mask_options
     def __init__(
         self,
         in_channels: int,
@@ -56,18 +60,9 @@ class _MaskedConv(MaskedWeightAndBias):
         padding_mode: str = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
-        if mask_bias and not bias:
-            raise ValueError("mask_bias: expected False for a layer without bias, got True")
         # checks the options, makes and fills the parameters
         plain: Any = self.dense_type(
             in_channels,
@@ -85,7 +80,7 @@ class _MaskedConv(MaskedWeightAndBias):
         self._take_options(plain)
         self.register_parameter("weight", plain.weight)
         self.register_parameter("bias", plain.bias)
-        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id, granularity)
+        self._add_masks(options)
 
     def _take_options(self, plain: nn.Conv1d | nn.Conv2d) -> None:
         for name in self.__constants__:
@@ -101,24 +96,17 @@ class _MaskedConv(MaskedWeightAndBias):
         self.reset_logits()
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls: type[Conv],
         conv: nn.Conv1d | nn.Conv2d,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> Conv:
         """A masked layer over the very weight and bias of `conv`, which are frozen by this.
 
         Args:
             conv: the plain layer; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
-                `mask_bias` is ignored where there is no bias.
+            options: see `MaskOptions`.
         """
         if not isinstance(conv, cls.dense_type):
             raise TypeError(
@@ -127,16 +115,7 @@ class _MaskedConv(MaskedWeightAndBias):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take_options(conv)
-        layer._adopt(
-            conv,
-            mask_bias=mask_bias,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        layer._adopt(conv, options)
         return layer
 
     def dense_shell(self) -> nn.Module:
@@ -212,8 +191,8 @@ class MaskedConv2d(_MaskedConv):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype: as in `torch.nn.Conv2d`, all of them.
-        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLinear`; rows and
-            columns are output and input channels, one per kernel is "kernel".
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
+            Rows and columns are output and input channels, one per kernel is "kernel".
 
     Parameters:
         weight: [out_channels, in_channels / groups, *kernel_size]. bias: [out_channels] or None.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .granularity import Granularity
+from .mask_options import MaskOptions, takes_mask_options
 from .masked_module import MaskedWeightAndBias
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MaskedLinear(MaskedWeightAndBias):
@@ -25,15 +27,7 @@ class MaskedLinear(MaskedWeightAndBias):
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
-        sets: number of mask sets, or their names.
-        samples: mask samples per batch and set, in the modes "sample" and "soft".
-        tau: temperature of the surrogate gradient and of soft masks.
-        mask_bias: whether the bias stands under a mask too.
-        init: initial value of all logits; sigmoid(2.0) = 0.88 is kept at first.
-        tensor_id: number of the weight in its model; it selects the stream of noise, so two
-            weights that share one seed need different numbers. The bias gets the next one.
-        granularity: what one logit covers, "weight", "row", "column" or others: see `Granularity`
-            and docs/granularity.md. A masked bias always has one logit per value.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
 
     Parameters:
         weight: [out_features, in_features], `dtype`. bias: [out_features] or None.
@@ -66,6 +60,7 @@ class MaskedLinear(MaskedWeightAndBias):
     in_features: int
     out_features: int
 
+    @takes_mask_options
     def __init__(
         self,
         in_features: int,
@@ -73,18 +68,9 @@ class MaskedLinear(MaskedWeightAndBias):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
-        if mask_bias and not bias:
-            raise ValueError("mask_bias: expected False for a layer without bias, got True")
         self.in_features = in_features
         self.out_features = out_features
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
@@ -93,7 +79,7 @@ class MaskedLinear(MaskedWeightAndBias):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id, granularity)
+        self._add_masks(options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,24 +91,17 @@ class MaskedLinear(MaskedWeightAndBias):
         self.reset_logits()
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         linear: nn.Linear,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> MaskedLinear:
         """A masked layer over the very weight and bias of `linear`, which are frozen by this.
 
         Args:
             linear: any `torch.nn.Linear`; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
-                `mask_bias` is ignored where there is no bias.
+            options: see `MaskOptions`.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
@@ -130,16 +109,7 @@ class MaskedLinear(MaskedWeightAndBias):
         nn.Module.__init__(layer)
         layer.in_features = linear.in_features
         layer.out_features = linear.out_features
-        layer._adopt(
-            linear,
-            mask_bias=mask_bias,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        layer._adopt(linear, options)
         return layer
 
     def dense_shell(self) -> nn.Linear:

@@ -14,6 +14,7 @@ from ..ops._blocks import expand_blocks, times_blocks
 from ..ops.estimators import GUMBEL_SIGMOID, Estimator
 from ..ops.sample_mask.reference import threshold
 from .granularity import Granularity, check_granularity, logits_shape, n_of_m
+from .mask_options import MaskOptions, with_defaults
 
 Mode = Literal["sample", "soft", "threshold", "noiseless", "off"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -60,6 +61,23 @@ def is_bias(name: str) -> bool:
     """Whether a parameter is one of those that `bias=True` adds: "bias", "bias_ih_l0" and such."""
     leaf = name.rpartition(".")[2]
     return leaf == "bias" or leaf.startswith("bias_") or leaf.endswith("_bias")
+
+
+def names_to_mask(
+    module: nn.Module, bias: bool, accept: Callable[[str, nn.Module], bool] | None = None
+) -> list[str]:
+    """The parameters of a module, at any depth, that stand under masks.
+
+    `accept`: ``accept(name, child)``, whether those of a child at any depth do; None: all.
+    """
+    found = []
+    for name, _ in module.named_parameters():
+        prefix = name.rpartition(".")[0]
+        if prefix and accept is not None and not accept(prefix, module.get_submodule(prefix)):
+            continue
+        if bias or not is_bias(name):
+            found.append(name)
+    return found
 
 
 class MaskedModule(nn.Module):
@@ -110,16 +128,24 @@ class MaskedModule(nn.Module):
 
     def _add_masks(
         self,
-        masked: Sequence[str],
-        sets: int | Sequence[str],
-        samples: int,
-        tau: float,
-        init: float,
-        tensor_id: int,
-        granularity: Granularity = "weight",
+        options: MaskOptions,
+        *,
+        frozen: bool = False,
+        accept: Callable[[str, nn.Module], bool] | None = None,
     ) -> None:
-        """Lay masks over the parameters named in `masked`, numbered from `tensor_id` on."""
-        self.set_names = name_sets(sets)
+        """Lay masks over the parameters that the module has by now.
+
+        Args:
+            options: `mask_bias` says whether the biases among the parameters are masked too.
+            frozen: whether the parameters are those of a plain layer and stop requiring gradients.
+            accept: as in `names_to_mask`.
+        """
+        given = with_defaults(options, type(self).__name__)
+        samples, tau, init = given["samples"], given["tau"], given["init"]
+        parameters, names = list(self.parameters()), names_to_mask(self, True, accept)
+        if given["mask_bias"] and not frozen and not any(is_bias(name) for name in names):
+            raise ValueError("mask_bias: expected False for a layer without bias, got True")
+        self.set_names = name_sets(given["sets"])
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
         check_tau(tau, "tau")
@@ -127,11 +153,11 @@ class MaskedModule(nn.Module):
         self.samples = samples
         self.tau = float(tau)
         self.init = float(init)
-        self.granularity = check_granularity(granularity)
+        self.granularity = check_granularity(given["granularity"])
         self.batch_dim = 0
         self.sample_offset = 0
-        self.masked = tuple(masked)
-        self.tensor_ids = {name: tensor_id + n for n, name in enumerate(self.masked)}
+        self.masked = tuple(n for n in names if given["mask_bias"] or not is_bias(n))
+        self.tensor_ids = {name: given["tensor_id"] + n for n, name in enumerate(self.masked)}
         self._mode: Mode | None = None
         self._active: tuple[int, int] | None = None
         # leaves over the logits of the active sets by parameter, and their seeds, put here by a
@@ -147,6 +173,8 @@ class MaskedModule(nn.Module):
             )
             self._put_logits(name, nn.Parameter(values))
         self.register_buffer("seed", None, persistent=False)
+        for parameter in parameters if frozen else ():
+            parameter.requires_grad_(False)
 
     def reset_logits(self) -> None:
         """All logits at `init`."""
@@ -359,6 +387,25 @@ class MaskedModule(nn.Module):
         parameter = self._parameter(name)
         return times_blocks(parameter, mask.to(parameter.dtype))
 
+    def _groups(self, mode: str, seed: Tensor | None) -> tuple[int, int]:
+        """Active sets, and samples of each; their product is the number of groups of a batch."""
+        if mode == "off":
+            return 1, 1
+        sets = self.sets if self._active is None else self._active[1]
+        return sets, 1 if seed is None else self.samples
+
+    def _masked_group(
+        self, group: int, mode: str, seed: Tensor | None, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The masked parameters, or those of them in `names`, as one group sees them."""
+        if mode == "off":
+            return {}
+        set, sample = divmod(group, self._groups(mode, seed)[1])
+        return {
+            name: self._masked_parameter(name, set, sample, seed, mode)
+            for name in (self.masked if names is None else names)
+        }
+
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # conversions of dtype are for the weights: a logit of 2 + lr is 2 again in bfloat16
         logits = [self.logits_of(name) for name in self.masked]
@@ -404,29 +451,16 @@ class MaskedWeightAndBias(MaskedModule):
     weight_logits: nn.Parameter
     bias_logits: nn.Parameter | None
 
-    def _mask_weight(
-        self,
-        mask_bias: bool,
-        sets: int | Sequence[str],
-        samples: int,
-        tau: float,
-        init: float,
-        tensor_id: int,
-        granularity: Granularity = "weight",
-    ) -> None:
-        masked = ("weight", "bias") if mask_bias and self.bias is not None else ("weight",)
-        self._add_masks(masked, sets, samples, tau, init, tensor_id, granularity)
-        if "bias" not in masked:
+    def _add_masks(self, options: MaskOptions, **how: Any) -> None:
+        super()._add_masks(options, **how)
+        if "bias" not in self.masked:
             self.register_parameter("bias_logits", None)
 
-    def _adopt(self, module: nn.Module, **options: Any) -> None:
+    def _adopt(self, module: nn.Module, options: MaskOptions) -> None:
         """Take over the Parameters of a plain layer, frozen, under masks with these options."""
         self.register_parameter("weight", module._parameters["weight"])
         self.register_parameter("bias", module._parameters["bias"])
-        self._mask_weight(**options)
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        self._add_masks(options, frozen=True)
         self.train(module.training)
 
     @property

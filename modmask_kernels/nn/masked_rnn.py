@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import ops
-from ..ops._masked_product import uses_kernel
-from .granularity import Granularity
+from ..ops._masked_product import check_batch, uses_kernel
+from .mask_options import MaskOptions, takes_mask_options
 from .masked_module import MaskedModule, is_bias
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM
 _PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -27,6 +30,7 @@ class _MaskedRecurrent(MaskedModule):
     operation: ClassVar[Callable[..., Any]]
     plain: ClassVar[Callable[..., Any]]  # without masks
     states: ClassVar[int]
+    _OPTIONS: ClassVar[tuple[str, ...]]
 
     input_size: int
     hidden_size: int
@@ -41,27 +45,24 @@ class _MaskedRecurrent(MaskedModule):
                 nn.init.uniform_(parameter, -bound, bound)
         self.reset_logits()
 
-    def _adopt(self, module: nn.Module, options: Sequence[str], frozen: bool, **masks: Any) -> None:
+    def _adopt(self, module: nn.Module, options: MaskOptions, frozen: bool = False) -> None:
         """Take over the Parameters and options of a plain module, under masks."""
-        for option in options:
-            setattr(self, option, getattr(module, option))
+        for name in self._OPTIONS:
+            setattr(self, name, getattr(module, name))
         for name, parameter in module._parameters.items():
             self.register_parameter(name, parameter)
-        mask_bias = masks.pop("mask_bias")
-        if mask_bias and not self.bias and not frozen:
-            raise ValueError("mask_bias: expected False for a layer without bias, got True")
-        masked = [n for n, _ in module.named_parameters() if mask_bias or not is_bias(n)]
-        self._add_masks(masked, **masks)
-        if frozen:
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
+        self._add_masks(options, frozen=frozen)
         self.train(module.training)
 
     @classmethod
-    def _check_dense(cls, module: nn.Module) -> None:
+    def _from_dense(cls, module: nn.Module, options: MaskOptions) -> Any:
         if not isinstance(module, cls.dense_type):
             expected = cls.dense_type.__name__
             raise TypeError(f"module: expected a torch.nn.{expected}, got {type(module).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(module, options, frozen=True)
+        return layer
 
     def _apply_operation(
         self,
@@ -102,23 +103,22 @@ class _MaskedRecurrent(MaskedModule):
         """The states as the plain operation takes them."""
         return states if self.states == 2 else states[0]
 
-    def _groups(self, seed: Tensor | None) -> int:
-        sets = self.sets if self._active is None else self._active[1]
-        return sets * (1 if seed is None else self.samples)
-
-    def _by_group(self, seed: Tensor | None, group: Callable[[dict[str, Tensor], int], Any]) -> Any:
-        """`group(masked parameters, g)` for every group."""
-        samples = 1 if seed is None else self.samples
-        return [
-            group(
-                {
-                    n: self._masked_parameter(n, *divmod(g, samples), seed, self.effective_mode)
-                    for n in self.masked
-                },
-                g,
-            )
-            for g in range(self._groups(seed))
+    def _by_group(
+        self,
+        x: Tensor,
+        dim: int,
+        mode: str,
+        seed: Tensor | None,
+        run: Callable[[dict[str, Tensor], slice], State],
+    ) -> State:
+        """`run(masked parameters, rows)` for every group of x, joined along dimension `dim`."""
+        sets, samples = self._groups(mode, seed)
+        rows = check_batch(x, dim, sets, samples)
+        found = [
+            run(self._masked_group(g, mode, seed), slice(g * rows, (g + 1) * rows))
+            for g in range(sets * samples)
         ]
+        return tuple(torch.cat(parts, dim) for parts in zip(*found, strict=True))
 
     def _check_states(self, hx: State | None) -> None:
         """Raise unless there are as many states as the plain module takes."""
@@ -149,18 +149,6 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"),
         *("bidirectional", "proj_size"),
     )
-
-    def _build(self, plain: nn.Module, **masks: Any) -> None:
-        self._adopt(plain, self._OPTIONS, False, **masks)
-        self.reset_logits()
-
-    @classmethod
-    def _from_dense(cls, module: nn.Module, **masks: Any) -> Any:
-        cls._check_dense(module)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(module, cls._OPTIONS, True, **masks)
-        return layer
 
     def flatten_parameters(self) -> None:
         """Does nothing; for code written for the plain layer."""
@@ -214,25 +202,17 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         rule = {"seed": None} if mode == "off" else self._rule(mode)
         if mode != "off" and self.fused:
             return self._run_fused(x, hx, lengths, rule)
-        seed = rule["seed"]
-        groups = 1 if mode == "off" else self._groups(seed)
-        if x.shape[1] % groups:
-            raise ValueError(
-                f"the batch of x, {x.shape[1]}, does not divide into {groups} equal groups"
-            )
 
-        def run(masked: dict[str, Tensor], g: int) -> tuple[Tensor, ...]:
-            part = slice(g * x.shape[1] // groups, (g + 1) * x.shape[1] // groups)
-            of_group = x[:, part]
+        def run(masked: dict[str, Tensor], rows: slice) -> tuple[Tensor, ...]:
+            of_group = x[:, rows]
             states = (
-                self._zeros(of_group) if hx is None else tuple(h[:, part].contiguous() for h in hx)
+                self._zeros(of_group) if hx is None else tuple(h[:, rows].contiguous() for h in hx)
             )
             return self._run_plain(
-                of_group, states, None if lengths is None else lengths[part], masked
+                of_group, states, None if lengths is None else lengths[rows], masked
             )
 
-        found = [run({}, 0)] if mode == "off" else self._by_group(seed, run)
-        y, *last = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        y, *last = self._by_group(x, 1, mode, rule["seed"], run)
         return y, tuple(last)
 
     def _zeros(self, x: Tensor) -> State:
@@ -346,9 +326,7 @@ class MaskedLSTM(_MaskedRNNLayer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype: as in `torch.nn.LSTM`, all of them.
-        sets, samples, tau, init, tensor_id, granularity: as in `MaskedLinear`; the masked
-            parameters are numbered from `tensor_id` on.
-        mask_bias: whether the biases are masked as well.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
 
     Parameters:
         weight_ih_l0, weight_hh_l0, bias_ih_l0, ...: as in the plain layer.
@@ -381,6 +359,7 @@ class MaskedLSTM(_MaskedRNNLayer):
     plain = staticmethod(torch.lstm)
     states = 2
 
+    @takes_mask_options
     def __init__(
         self,
         input_size: int,
@@ -393,14 +372,7 @@ class MaskedLSTM(_MaskedRNNLayer):
         proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
         plain = nn.LSTM(
@@ -415,47 +387,22 @@ class MaskedLSTM(_MaskedRNNLayer):
             device,
             dtype,
         )
-        self._build(
-            plain,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            mask_bias=mask_bias,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        self._adopt(plain, options)
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         lstm: nn.LSTM,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> MaskedLSTM:
         """A masked layer over the very Parameters of `lstm`, which are frozen by this.
 
         Args:
             lstm: any `torch.nn.LSTM`; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
-                `mask_bias` is ignored where there is no bias.
+            options: see `MaskOptions`.
         """
-        layer: MaskedLSTM = cls._from_dense(
-            lstm,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            mask_bias=mask_bias,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        layer: MaskedLSTM = cls._from_dense(lstm, options)
         return layer
 
     def forward(
@@ -474,7 +421,7 @@ class MaskedGRU(_MaskedRNNLayer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype: as in `torch.nn.GRU`, all of them.
-        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLSTM`.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
 
     Parameters, Attributes, Shape:
         See `MaskedLSTM`; there is one state, h.
@@ -496,6 +443,7 @@ class MaskedGRU(_MaskedRNNLayer):
     plain = staticmethod(torch.gru)
     states = 1
 
+    @takes_mask_options
     def __init__(
         self,
         input_size: int,
@@ -507,14 +455,7 @@ class MaskedGRU(_MaskedRNNLayer):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
         plain = nn.GRU(
@@ -528,47 +469,22 @@ class MaskedGRU(_MaskedRNNLayer):
             device=device,
             dtype=dtype,
         )
-        self._build(
-            plain,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            mask_bias=mask_bias,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        self._adopt(plain, options)
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         gru: nn.GRU,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> MaskedGRU:
         """A masked layer over the very Parameters of `gru`, which are frozen by this.
 
         Args:
             gru: any `torch.nn.GRU`; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
-                `mask_bias` is ignored where there is no bias.
+            options: see `MaskOptions`.
         """
-        layer: MaskedGRU = cls._from_dense(
-            gru,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            mask_bias=mask_bias,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        layer: MaskedGRU = cls._from_dense(gru, options)
         return layer
 
     def forward(
@@ -587,6 +503,7 @@ class _MaskedCell(_MaskedRecurrent):
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("input_size", "hidden_size", "bias")
 
+    @takes_mask_options
     def __init__(
         self,
         input_size: int,
@@ -594,65 +511,25 @@ class _MaskedCell(_MaskedRecurrent):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
-        self._adopt(
-            self.dense_type(input_size, hidden_size, bias, device, dtype),
-            self._OPTIONS,
-            False,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            mask_bias=mask_bias,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        self._adopt(self.dense_type(input_size, hidden_size, bias, device, dtype), options)
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         cell: nn.RNNCellBase,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> Any:
         """A masked cell over the very Parameters of the plain `cell`, which are frozen by this.
 
         Args:
             cell: a plain cell of this kind; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
-                `mask_bias` is ignored where there is no bias.
+            options: see `MaskOptions`.
         """
-        cls._check_dense(cell)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(
-            cell,
-            cls._OPTIONS,
-            True,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            mask_bias=mask_bias,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
-        return layer
+        return cls._from_dense(cell, options)
 
     def dense_shell(self) -> nn.Module:
         """A plain cell of these sizes on the meta device, for other Parameters."""
@@ -681,23 +558,15 @@ class _MaskedCell(_MaskedRecurrent):
         if mode != "off" and self.fused:
             _, last = self._apply_operation(x.unsqueeze(0), hx or (), _PARAMETERS, rule)
             return last
-        seed = rule["seed"]
-        groups = 1 if mode == "off" else self._groups(seed)
-        if x.shape[0] % groups:
-            raise ValueError(
-                f"the batch of x, {x.shape[0]}, does not divide into {groups} equal groups"
-            )
 
-        def run(masked: dict[str, Tensor], g: int) -> State:
-            part = slice(g * x.shape[0] // groups, (g + 1) * x.shape[0] // groups)
-            zeros = x.new_zeros(x[part].shape[0], self.hidden_size)
-            states = (zeros,) * self.states if hx is None else tuple(h[part] for h in hx)
+        def run(masked: dict[str, Tensor], rows: slice) -> State:
+            zeros = x.new_zeros(x[rows].shape[0], self.hidden_size)
+            states = (zeros,) * self.states if hx is None else tuple(h[rows] for h in hx)
             weights = [masked.get(n, self._parameters.get(n)) for n in _PARAMETERS]
-            last = type(self).plain(x[part], self._given(states), *weights)
+            last = type(self).plain(x[rows], self._given(states), *weights)
             return last if isinstance(last, tuple) else (last,)
 
-        found = [run({}, 0)] if mode == "off" else self._by_group(seed, run)
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        return self._by_group(x, 0, mode, rule["seed"], run)
 
     def extra_repr(self) -> str:
         """The sizes, the sets, and the options that are not at their defaults."""
@@ -717,7 +586,7 @@ class MaskedLSTMCell(_MaskedCell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in `torch.nn.LSTMCell`.
-        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLSTM`.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
 
     Shape:
         As the plain cell; the batch is cut into ``active sets * samples`` groups.
@@ -750,7 +619,7 @@ class MaskedGRUCell(_MaskedCell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in `torch.nn.GRUCell`.
-        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLSTM`.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
 
     Shape:
         As the plain cell; the batch is cut into ``active sets * samples`` groups.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from .granularity import Granularity
+from .mask_options import MaskOptions, takes_mask_options
 from .masked_conv import _MaskedConv
 from .masked_module import MaskedWeightAndBias
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def turned(granularity: Granularity, shape: Sequence[int]) -> Granularity:
@@ -52,6 +56,7 @@ class _MaskedConvTranspose(InsOuts, _MaskedConv):
     __constants__: ClassVar[list[str]] = [*_MaskedConv.__constants__, "output_padding"]
     output_padding: tuple[int, ...]
 
+    @takes_mask_options
     def __init__(
         self,
         in_channels: int,
@@ -66,18 +71,9 @@ class _MaskedConvTranspose(InsOuts, _MaskedConv):
         padding_mode: str = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         nn.Module.__init__(self)
-        if mask_bias and not bias:
-            raise ValueError("mask_bias: expected False for a layer without bias, got True")
         plain: Any = self.dense_type(
             in_channels,
             out_channels,
@@ -95,7 +91,7 @@ class _MaskedConvTranspose(InsOuts, _MaskedConv):
         self._take_options(plain)
         self.register_parameter("weight", plain.weight)
         self.register_parameter("bias", plain.bias)
-        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id, granularity)
+        self._add_masks(options)
 
     def dense_shell(self) -> nn.Module:
         """A plain layer of these sizes and options on the meta device, for other Parameters."""
@@ -159,8 +155,8 @@ class MaskedConvTranspose2d(_MaskedConvTranspose):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
             dilation, padding_mode, device, dtype: as in `torch.nn.ConvTranspose2d`, all of them.
-        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedConv2d`; "row"
-            and "column" are output and input channels here too, ("n:m", n, m) is refused.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
+            "row" and "column" are output and input channels here too, ("n:m", n, m) is refused.
 
     Parameters:
         weight: [in_channels, out_channels / groups, *kernel_size]. bias: [out_channels] or None.
@@ -211,8 +207,8 @@ class MaskedHuggingFaceConv1D(InsOuts):
 
     Args:
         nf: number of outputs. nx: number of inputs.
-        sets, samples, tau, mask_bias, init, tensor_id, granularity: as in `MaskedLinear`; "row"
-            and "column" are outputs and inputs here too, ("n:m", n, m) is refused.
+        options: sets, samples, tau, mask_bias, init, tensor_id, granularity: see `MaskOptions`.
+            "row" and "column" are outputs and inputs here too, ("n:m", n, m) is refused.
 
     Parameters:
         weight: [nx, nf]. bias: [nf].
@@ -233,43 +229,31 @@ class MaskedHuggingFaceConv1D(InsOuts):
     nf: int
     nx: int
 
+    @takes_mask_options
     def __init__(
         self,
         nf: int,
         nx: int,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(nf))
-        self._mask_weight(mask_bias, sets, samples, tau, init, tensor_id, granularity)
+        self._add_masks(options)
 
     @classmethod
+    @takes_mask_options
     def from_dense(
         cls,
         conv: nn.Module,
-        *,
-        sets: int | Sequence[str] = 1,
-        samples: int = 1,
-        tau: float = 1.0,
-        mask_bias: bool = False,
-        init: float = 2.0,
-        tensor_id: int = 0,
-        granularity: Granularity = "weight",
+        **options: Unpack[MaskOptions],
     ) -> MaskedHuggingFaceConv1D:
         """A masked layer over the very weight and bias of `conv`, which are frozen by this.
 
         Args:
             conv: a `transformers.pytorch_utils.Conv1D`; its Parameters are shared, not copied.
-            sets, samples, tau, mask_bias, init, tensor_id, granularity: as for the class.
+            options: see `MaskOptions`.
         """
         if not any(is_hugging_face_conv1d(kind) for kind in type(conv).__mro__):
             raise TypeError(
@@ -278,16 +262,7 @@ class MaskedHuggingFaceConv1D(InsOuts):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.nx, layer.nf = conv._parameters["weight"].shape  # type: ignore[union-attr]
-        layer._adopt(
-            conv,
-            mask_bias=mask_bias,
-            sets=sets,
-            samples=samples,
-            tau=tau,
-            init=init,
-            tensor_id=tensor_id,
-            granularity=granularity,
-        )
+        layer._adopt(conv, options)
         return layer
 
     def dense_shell(self) -> nn.Module:

@@ -366,14 +366,15 @@ def check_hard(
         raise ValueError(f"n_of_m needs the estimator 'gumbel_sigmoid', not {name!r}")
 
 
-def check_batch(x: Tensor, dim: int, sets: int, samples: int) -> None:
-    """Raise unless the batch of x divides into sets * samples groups."""
+def check_batch(x: Tensor, dim: int, sets: int, samples: int) -> int:
+    """The rows of each of sets * samples groups; ValueError unless the batch of x divides."""
     groups = sets * samples
     if x.shape[dim] % groups:
         raise ValueError(
             f"the batch of x, {x.shape[dim]} (dimension {dim} of {_check.shape_of(x)}), does not "
             f"divide into {sets} sets * {samples} samples = {groups} equal groups"
         )
+    return x.shape[dim] // groups
 
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
