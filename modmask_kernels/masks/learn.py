@@ -267,6 +267,7 @@ def learn_masks(
             samples, unequal batches of sets learned together, or a checkpoint of another run.
         FloatingPointError: for logits, a loss or gradients that are not finite; it names set,
             step and tensor, and the logits are those before that step.
+        RuntimeError: inside `torch.inference_mode`.
 
     Source: Csordás et al. 2021, "Are Neural Nets Modular?", section 2 and appendix.
 
@@ -280,6 +281,11 @@ def learn_masks(
             torch.nn.utils.clip_grad_norm_(logits, grad_clip)
             optimizer.step()
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "learn_masks needs gradients, which torch.inference_mode() excludes: call it outside, "
+            "or inside torch.inference_mode(False)"
+        )
     steps = _integer(steps, "steps", 0)
     seed = _integer(seed, "seed")
     checkpoint_every = _integer(checkpoint_every, "checkpoint_every", 1)

@@ -575,6 +575,11 @@ def _check_tensors(layers: Mapping[str, MaskedModule], tensors: Mapping[str, Mas
     for name, (parameter, logits, tensor_id, *_) in tensors.items():
         if parameter.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device, it has no values")
+        if parameter.is_inference() or logits.is_inference():
+            raise ValueError(
+                f"model: {name!r} or its logits came from torch.inference_mode(), through which "
+                "no gradient goes; make, load and mask the model outside"
+            )
         if is_sharded(logits):
             raise ValueError(
                 f"logits: those of {name!r} are sharded; keep them whole with fully_shard(..., "

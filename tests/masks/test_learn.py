@@ -675,6 +675,17 @@ def test_outputs_and_losses_that_do_not_fit():
         learn_masks(masked(), lambda o, b: o.detach().sum(), DATA, 2, progress=False)
 
 
+def test_inference_mode():
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"learn_masks needs gradients.*inference_mode\(\)"):
+            learn(masked())
+        model = masked()
+    with pytest.raises(
+        ValueError, match=r"'0.weight' or its logits came from torch.inference_mode"
+    ):
+        learn(model)
+
+
 def test_logits_elsewhere_than_the_weight():
     model = masked()
     model[2].weight_logits = nn.Parameter(torch.empty(3, 12, 16, device="meta"))

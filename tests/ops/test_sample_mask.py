@@ -1,6 +1,7 @@
 """`sample_mask` and its packed form against the reference."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -204,6 +205,17 @@ def test_any_draw_is_that_of_the_reference(count, seed, **where):
     packed = ops.sample_mask_packed(draw(count, 1), **options)
     for m, bits in zip(ours, packed, strict=True):
         assert torch.equal(bits, ops.pack_bits(m))
+
+
+def test_bits_of_something_else():
+    octets = torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="packed must be a tensor, not str"):
+        ops.unpack_bits("a", (8,))
+    for shape in ("a", 8, (1.5,), None):
+        with pytest.raises(TypeError, match=re.escape(f"a list of sizes, not {shape!r}")):
+            ops.unpack_bits(octets, shape)
+    with pytest.raises(TypeError, match="mask must be a tensor, not list"):
+        ops.pack_bits([True])
 
 
 def test_unpack_bits_errors():

@@ -124,6 +124,8 @@ BAD = [
     (([], 0), {}, ValueError, r"scores must hold at least one tensor"),
     ((X, 13), {}, ValueError, r"k must be from 0 to the number of scores, 12, not 13"),
     ((X, -1), {}, ValueError, r"k must be from 0 to the number of scores, 12, not -1"),
+    ((X, 1.5), {}, TypeError, r"k must be an integer, not 1\.5"),
+    ((X, "1"), {}, TypeError, r"k must be an integer, not '1'"),
     ((X.long(), 1), {}, TypeError, r"scores must be float32, .* not torch\.int64"),
     (([X, X.half()], 1), {}, TypeError, r"scores must have one dtype, .*scores\[1\]"),
     (([X, X.to("meta")], 1), {}, ValueError, r"scores\[1\] is on meta, but scores\[0\] is on cpu"),

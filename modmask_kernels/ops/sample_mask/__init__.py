@@ -293,10 +293,14 @@ def pack_bits(mask: Tensor) -> Tensor:
     Returns:
         uint8 `[ceil(n / 8)]`; bits beyond the last element are 0.
 
+    Raises:
+        TypeError: a `mask` that is no tensor.
+
     Equivalent to::
 
         torch.from_numpy(numpy.packbits(mask.numpy().ravel() != 0, bitorder="little"))
     """
+    _check.check_tensors(mask=mask)
     flat = (mask != 0).reshape(-1).to(torch.uint8)
     octets = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     packed = octets[:, 0].clone()
@@ -317,20 +321,25 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
     Raises:
         ValueError: a `packed` of another length.
-        TypeError: a `packed` of another dtype.
+        TypeError: a `packed` of another dtype, or that is no tensor; a `shape` that is none.
 
     Equivalent to::
 
         bits = numpy.unpackbits(packed.numpy(), count=n, bitorder="little")
         torch.from_numpy(bits).bool().view(shape)
     """
-    count = torch.Size(shape).numel()
+    _check.check_tensors(packed=packed)
+    try:
+        size = torch.Size(shape)
+    except TypeError:
+        raise TypeError(f"shape must be a list of sizes, not {shape!r}") from None
+    count = size.numel()
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, not {packed.dtype}")
     if packed.shape != ((count + 7) // 8,):
         raise ValueError(
-            f"packed must have shape [{(count + 7) // 8}] for a mask of shape {list(shape)}, "
+            f"packed must have shape [{(count + 7) // 8}] for a mask of shape {list(size)}, "
             f"not {_check.shape_of(packed)}"
         )
     bits = torch.stack([packed >> bit & 1 for bit in range(8)], dim=1)
-    return bits.reshape(-1)[:count].bool().view(torch.Size(shape))
+    return bits.reshape(-1)[:count].bool().view(size)

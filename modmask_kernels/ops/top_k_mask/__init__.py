@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import overload
 
@@ -62,7 +63,7 @@ def top_k_mask(
 
     Raises:
         ValueError: no tensors, k out of range, NaN, or several devices.
-        TypeError: dtypes that differ or do not fit.
+        TypeError: dtypes that differ or do not fit; k is no integer.
 
     Equivalent to::
 
@@ -84,6 +85,10 @@ def top_k_mask(
                 f"{t.dtype}"
             )
         _check.check_device(t, f"scores[{n}]", several[0], "scores[0]")
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k must be an integer, not {k!r}") from None
     total = sum(t.numel() for t in several)
     if not 0 <= k <= total:
         raise ValueError(f"k must be from 0 to the number of scores, {total}, not {k}")
