@@ -6,12 +6,19 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import modmask_kernels as mm
-from modmask_kernels import ops
+from modmask_kernels import _native, ops
 from modmask_kernels.ops._blocks import expand_blocks
 from modmask_kernels.ops.sample_mask.reference import mask_of_sample
 
@@ -173,6 +180,70 @@ def test_compiles(name):
     torch.testing.assert_close(y, expected)
     for got, wanted in zip(gradients(model, y), gradients(model, expected), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+class NothingForTheHost(TorchDispatchMode):
+    """Over fake tensors, which know no values: no value is copied to the device either."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs, result))
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        assert len(devices) < 2, f"{function} copies between {devices}"
+        assert "lift_fresh" not in str(function), "a tensor is made from values of the host"
+        return result
+
+
+def fake_call(model, x, device):
+    """The output for fake tensors on a device, and the fake logits."""
+    with FakeTensorMode() as mode:
+        state = {
+            n: torch.empty_like(mode.from_tensor(t), device=device).requires_grad_(t.requires_grad)
+            for n, t in (*model.named_parameters(), *model.named_buffers())
+        }
+        x = torch.empty_like(mode.from_tensor(x), device=device)
+        with NothingForTheHost():
+            y = functional_call(model, state, (x,))
+            if device == "cpu":  # autograd asks for the drivers of any other
+                logits = [t for n, t in state.items() if n.endswith("_logits")]
+                torch.autograd.grad(y.square().mean(), logits)
+    return y
+
+
+@each_layer
+@pytest.mark.parametrize("estimator", ["gumbel_sigmoid", "hard_concrete", "threshold"])
+def test_asks_the_host_nothing(name, estimator, monkeypatch):
+    """What a CUDA graph can record: no value read, no size by values, no copy to the device.
+
+    Not top_k, which looks for NaN in the logits.
+    """
+    _, model = make(name, estimator=estimator)
+    x = inputs_of(name)
+    shape = model(x).shape
+    assert fake_call(model, x, "cpu").shape == shape  # the operations, kernels left out
+    assert fake_call(model, x, "cuda").device.type == "cuda"
+    monkeypatch.setattr(_native, "FORCED_BACKEND", "reference")
+    assert fake_call(model, x, "cpu").shape == shape
+
+
+def test_what_asks_the_host_is_found():
+    class Asks(nn.Module):
+        def __init__(self, ask):
+            super().__init__()
+            self.ask = ask
+            self.logits = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return x * self.logits.sum() * self.ask(x)
+
+    for ask, kind in [
+        (lambda x: x.sum().item(), DataDependentOutputException),
+        (lambda x: x[x > 0].sum(), DynamicOutputShapeException),
+        (lambda x: torch.tensor(2.0, device=x.device), AssertionError),
+    ]:
+        for device in ("cpu", "cuda"):
+            with pytest.raises(kind):
+                fake_call(Asks(ask), torch.ones(3), device)
 
 
 @each_layer
