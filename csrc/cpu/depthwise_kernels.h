@@ -1,28 +1,50 @@
-// Convolutions with one channel per group at stride 1: too little work per value for panels of
-// patches. A plane of x, zeros around it, stays in the first-level cache while the kernel passes
-// over it; the lanes are neighbouring pixels of a row.
+// Convolutions with one channel per group: too little work per value for panels of patches. A plane
+// of x, zeros around it, stays in the first-level cache while the kernel passes over it; the lanes
+// are neighbouring output pixels of a row. At stride s every s-th column of a plane lies together,
+// so that they are neighbours in memory too.
 
 namespace modmask::MODMASK_CAPABILITY {
 
 inline bool is_depthwise(const ConvProblem& p) {
   return p.channels == p.conv_groups && p.outputs <= kConvFew * p.conv_groups &&
-         p.kernel[0] * p.kernel[1] <= kSumDepth && p.stride[0] == 1 && p.stride[1] == 1;
+         p.kernel[0] * p.kernel[1] <= kSumDepth;
 }
 
 // A plane of rows * columns values, at (h, w) the one of an image at (h - top, w - left), zero
-// where there is none and right of the columns for another tile.
+// where there is none and after the columns for another tile.
 struct PaddedPlane {
   int64_t rows;
   int64_t columns;
   int64_t top;
   int64_t left;
-  int64_t step;  // from row to row
+  int64_t stride;  // of the columns that lie together
+  int64_t part;    // from one such part of a row to the next
+  int64_t step;    // from row to row
 
-  PaddedPlane(int64_t rows, int64_t columns, int64_t top, int64_t left)
-      : rows(rows), columns(columns), top(top), left(left), step(padded(columns + kTileColumns)) {}
+  PaddedPlane(int64_t rows, int64_t columns, int64_t top, int64_t left, int64_t stride = 1)
+      : rows(rows),
+        columns(columns),
+        top(top),
+        left(left),
+        stride(stride),
+        part(padded(ceil_div(columns, stride) + kTileColumns)),
+        step(stride * part) {}
+
+  // What the kernel passes over, padding and all.
+  static PaddedPlane of_input(const ConvProblem& p) {
+    int64_t extent[2];
+    for (int i = 0; i < 2; ++i) {
+      extent[i] = (p.out_size[i] - 1) * p.stride[i] + (p.kernel[i] - 1) * p.dilation[i] + 1;
+    }
+    return {extent[0], extent[1], p.padding[0], p.padding[1], p.stride[1]};
+  }
 
   int64_t size() const {
     return rows * step;
+  }
+
+  int64_t column(int64_t w) const {
+    return w % stride * part + w / stride;
   }
 
   template <typename T>
@@ -31,17 +53,44 @@ struct PaddedPlane {
     const int64_t first = left > 0 ? left : 0;
     const int64_t end = left + width < columns ? left + width : columns;
     for (int64_t h = top > 0 ? top : 0; h < rows && h < top + height && first < end; ++h) {
-      widen_row(image + (h - top) * width + first - left, to + h * step + first, end - first);
+      const T* from = image + (h - top) * width - left;
+      if (stride == 1) {
+        widen_row(from + first, to + h * step + first, end - first);
+        continue;
+      }
+      for (int64_t w = first; w < end && w < first + stride; ++w) {
+        float* place = to + h * step + column(w);
+        for (int64_t at = w; at < end; at += stride) {
+          *place++ = widen(from[at]);
+        }
+      }
+    }
+  }
+
+  // The other way round, into a whole image; `row` must hold `width`.
+  template <typename T>
+  void read(const float* values, int64_t height, int64_t width, float* row, T* image) const {
+    for (int64_t h = 0; h < height; ++h) {
+      const bool reached = h + top < rows;
+      const float* from = reached ? values + (h + top) * step : values;
+      if (reached && stride == 1) {
+        narrow_row(from + left, image + h * width, width);
+        continue;
+      }
+      for (int64_t w = 0; w < width; ++w) {
+        row[w] = reached && w + left < columns ? from[column(w + left)] : 0.0f;
+      }
+      narrow_row(row, image + h * width, width);
     }
   }
 };
 
-// Where the values of a kernel lie in a plane; `flipped` counts them from the last on.
-inline void find_shifts(const ConvProblem& p, int64_t step, bool flipped, int64_t* shifts) {
-  const int64_t kernel = p.kernel[0] * p.kernel[1];
-  for (int64_t k = 0; k < kernel; ++k) {
-    const int64_t at = flipped ? kernel - 1 - k : k;
-    shifts[k] = at / p.kernel[1] * p.dilation[0] * step + at % p.kernel[1] * p.dilation[1];
+// Where the values of a kernel lie in a plane.
+inline void find_shifts(const ConvProblem& p, const PaddedPlane& plane, int64_t* shifts) {
+  for (int64_t h = 0; h < p.kernel[0]; ++h) {
+    for (int64_t w = 0; w < p.kernel[1]; ++w) {
+      *shifts++ = h * p.dilation[0] * plane.step + plane.column(w * p.dilation[1]);
+    }
   }
 }
 
@@ -118,15 +167,35 @@ inline void add_shifted_products(
   }
 }
 
+// plane shifted by shifts[k] += weights[k] * dy, kernel value by kernel value: passes that touch
+// nothing twice.
+inline void add_scattered(
+    const float* dy,
+    const PaddedPlane& dy_plane,
+    const float* weights,
+    int64_t kernel,
+    const int64_t* shifts,
+    int64_t step,
+    float* plane) {
+  for (int64_t k = 0; k < kernel; ++k) {
+    const vf weight = splat(weights[k]);
+    for (int64_t h = 0; h < dy_plane.rows; ++h) {
+      const float* d = dy + h * dy_plane.step;
+      float* to = plane + h * step + shifts[k];
+      for (int64_t w = 0; w < dy_plane.columns; w += kLanes) {
+        store(to + w, fma(weight, load(d + w), load(to + w)));
+      }
+    }
+  }
+}
+
 template <typename T, bool kHard>
 void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
   const MaskSpec& spec = p.mask;
   const ConvShape s(p);
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
-  const PaddedPlane plane(
-      p.out_size[0] + (p.kernel[0] - 1) * p.dilation[0],
-      p.out_size[1] + (p.kernel[1] - 1) * p.dilation[1], p.padding[0], p.padding[1]);
+  const PaddedPlane plane = PaddedPlane::of_input(p);
   const int64_t row_size = padded(p.out_size[1], kTileColumns);
   const int64_t step = spread(padded(s.depth));
 
@@ -157,7 +226,7 @@ void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
     float* row = scratch.floats(row_size);
     int64_t* shifts = scratch.integers(s.depth);
 
-    find_shifts(p, plane.step, false, shifts);
+    find_shifts(p, plane, shifts);
     load_tile(
         weight, has_blocks(spec.layout) ? nullptr : logits, s.depth, o0, s.outputs, 0, s.depth,
         step, wide, exps);
@@ -175,8 +244,8 @@ void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
           T* to = y + (n * p.outputs + o0 + o) * s.out_pixels;
           const vf bias = splat(bias_values[o]);
           correlate(
-              values, plane.step, shifts, tile + o * step, s.depth, p.out_size[0], p.out_size[1],
-              [&](int64_t h, int64_t w, const vf(&c)[1][2]) {
+              values, plane.step * p.stride[0], shifts, tile + o * step, s.depth, p.out_size[0],
+              p.out_size[1], [&](int64_t h, int64_t w, const vf(&c)[1][2]) {
                 store(row + w, c[0][0] + bias);
                 store(row + w + kLanes, c[0][1] + bias);
                 if (w + kTileColumns >= p.out_size[1]) {
@@ -201,14 +270,9 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
   const bool need_outer = d.dlogits != nullptr || dweight != nullptr;
   const bool blocks = has_blocks(spec.layout);
   const int64_t in_pixels = p.size[0] * p.size[1];
-  const int64_t reach[2] = {(p.kernel[0] - 1) * p.dilation[0], (p.kernel[1] - 1) * p.dilation[1]};
-  const PaddedPlane x_plane(
-      p.out_size[0] + reach[0], p.out_size[1] + reach[1], p.padding[0], p.padding[1]);
+  const PaddedPlane plane = PaddedPlane::of_input(p);
   const PaddedPlane dy_plane(p.out_size[0], p.out_size[1], 0, 0);
-  const PaddedPlane around(  // dy as dx sees it
-      p.size[0] + reach[0], p.size[1] + reach[1], reach[0] - p.padding[0],
-      reach[1] - p.padding[1]);
-  const PaddedPlane dx_plane(p.size[0], p.size[1], 0, 0);
+  const int64_t row_step = plane.step * p.stride[0];  // from one output row to the next
   const int64_t step = spread(padded(s.depth));
   const int64_t tile_size = s.outputs * step;
 
@@ -227,9 +291,9 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
       thread_local Scratch scratch;
       const auto lease = scratch.reserve(
           8 * Scratch::need(tile_size) + Scratch::need(words_needed(step)) +
-          Scratch::need(x_plane.size()) + Scratch::need(dy_plane.size()) +
-          Scratch::need(around.size()) + Scratch::need(dx_plane.size()) +
-          Scratch::need(s.outputs * s.depth * kTileColumns) + 2 * Scratch::need(2 * s.depth));
+          2 * Scratch::need(plane.size()) + Scratch::need(dy_plane.size()) +
+          Scratch::need(padded(p.size[1])) + Scratch::need(s.outputs * s.depth * kTileColumns) +
+          Scratch::need(2 * s.depth));
       BackwardTile tile;
       tile.o_count = s.outputs;
       tile.i_count = s.depth;
@@ -244,16 +308,14 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
       tile.dweight = dweight != nullptr ? dweight_tile : nullptr;
       float* products = scratch.floats(tile_size);
       uint32_t* words = scratch.words(words_needed(step));
-      float* x_values = scratch.floats(x_plane.size());
+      float* x_values = scratch.floats(plane.size());
+      float* dx_values = scratch.floats(plane.size());
       float* dy_values = scratch.floats(dy_plane.size());
-      float* around_values = scratch.floats(around.size());
-      float* dx_values = scratch.floats(dx_plane.size());
+      float* row = scratch.floats(padded(p.size[1]));
       float* lane_sums = scratch.floats(s.outputs * s.depth * kTileColumns);
       int64_t* shifts = scratch.integers(s.depth);
-      int64_t* flipped = scratch.integers(s.depth);
 
-      find_shifts(p, x_plane.step, false, shifts);
-      find_shifts(p, around.step, true, flipped);
+      find_shifts(p, plane, shifts);
       if (dweight != nullptr) {
         std::fill(tile.dweight, tile.dweight + tile_size, 0.0f);
       }
@@ -267,33 +329,30 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
               tile, spec, RowMasks(spec, set, k, spec.tensor_id), logits, s.depth, element, words);
           const int64_t first_image = (set * spec.samples + k) * p.images;
           for (int64_t n = first_image; n < first_image + p.images; ++n) {
+            const int64_t at = (n * p.channels + channel) * in_pixels;
             if (need_outer) {
-              x_plane.fill(
-                  x + (n * p.channels + channel) * in_pixels, p.size[0], p.size[1], x_values);
+              plane.fill(x + at, p.size[0], p.size[1], x_values);
+            }
+            if (dx != nullptr) {
+              std::fill(dx_values, dx_values + plane.size(), 0.0f);
             }
             for (int64_t o = 0; o < s.outputs; ++o) {
-              const T* from = dy + (n * p.outputs + o0 + o) * s.out_pixels;
+              dy_plane.fill(
+                  dy + (n * p.outputs + o0 + o) * s.out_pixels, p.out_size[0], p.out_size[1],
+                  dy_values);
               if (need_outer) {
-                dy_plane.fill(from, p.out_size[0], p.out_size[1], dy_values);
                 add_shifted_products(
-                    x_values, x_plane.step, shifts, s.depth, dy_values, dy_plane,
+                    x_values, row_step, shifts, s.depth, dy_values, dy_plane,
                     lane_sums + o * s.depth * kTileColumns, n == first_image);
               }
               if (dx != nullptr) {
-                around.fill(from, p.out_size[0], p.out_size[1], around_values);
-                correlate(
-                    around_values, around.step, flipped, tile.masked + o * step, s.depth, p.size[0],
-                    p.size[1], [&](int64_t h, int64_t w, const vf(&c)[1][2]) {
-                      float* to = dx_values + h * dx_plane.step + w;
-                      store(to, o == 0 ? c[0][0] : c[0][0] + load(to));
-                      store(to + kLanes, o == 0 ? c[0][1] : c[0][1] + load(to + kLanes));
-                    });
+                add_scattered(
+                    dy_values, dy_plane, tile.masked + o * step, s.depth, shifts, row_step,
+                    dx_values);
               }
             }
-            for (int64_t h = 0; dx != nullptr && h < p.size[0]; ++h) {
-              narrow_row(
-                  dx_values + h * dx_plane.step,
-                  dx + (n * p.channels + channel) * in_pixels + h * p.size[1], p.size[1]);
+            if (dx != nullptr) {
+              plane.read(dx_values, p.size[0], p.size[1], row, dx + at);
             }
           }
           if (need_outer) {

@@ -61,6 +61,7 @@ def cases(quick: bool = False) -> list[ConvCase]:
         ConvCase(96, 96, 14, 3, 64, 4),
         ConvCase(128, 128, 16, 3, 64, 4, groups=4),
         ConvCase(64, 64, 32, 3, 64, 4, groups=64),
+        ConvCase(64, 64, 32, 3, 64, 4, stride=2, groups=64),
     ]
     return targets + others
 

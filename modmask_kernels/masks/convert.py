@@ -407,7 +407,10 @@ def mask_model(
     check_init(init)
     masked = find_masked_layers(model)
     if masked:
-        raise ValueError(f"model: expected no masked layers, found {next(iter(masked))!r} masked")
+        raise ValueError(
+            f"model: expected no masked layers, found {next(iter(masked))!r} masked; build the "
+            "model of plain layers, or take the masks off with unmask_model"
+        )
     plain = _find_layers(model, filter, also, bias)
     if not plain:
         expected = ", ".join(f"torch.nn.{old.__name__}" for old in MASKED_TYPES)

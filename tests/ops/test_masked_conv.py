@@ -155,6 +155,9 @@ def test_sizes(change, capability):
         {"groups": 3, "outputs": 2, "kernel": (1, 1), "size": (1, 1), "seeds": None},
         {"groups": 1, "outputs": 4, "kernel": (11, 11), "size": (12, 13), "images": 3},
         {"groups": 2, "outputs": 1, "kernel": (12, 11), "size": (12, 13)},  # too large a kernel
+        {"groups": 3, "outputs": 2, "stride": 2, "padding": 1, "size": (33, 32)},
+        {"groups": 9, "outputs": 1, "stride": (1, 3), "dilation": (1, 2), "padding": 2},
+        {"groups": 9, "outputs": 1, "stride": (4, 5), "size": (11, 12)},  # not all is reached
         {"groups": 2, "outputs": 5, "padding": 1},  # too many outputs
     ],
     ids=str,
