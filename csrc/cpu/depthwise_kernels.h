@@ -290,22 +290,12 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
 
       thread_local Scratch scratch;
       const auto lease = scratch.reserve(
-          8 * Scratch::need(tile_size) + Scratch::need(words_needed(step)) +
-          2 * Scratch::need(plane.size()) + Scratch::need(dy_plane.size()) +
-          Scratch::need(padded(p.size[1])) + Scratch::need(s.outputs * s.depth * kTileColumns) +
-          Scratch::need(2 * s.depth));
-      BackwardTile tile;
+          BackwardTile::need(tile_size) + Scratch::need(tile_size) +
+          Scratch::need(words_needed(step)) + 2 * Scratch::need(plane.size()) +
+          Scratch::need(dy_plane.size()) + Scratch::need(padded(p.size[1])) +
+          Scratch::need(s.outputs * s.depth * kTileColumns) + Scratch::need(2 * s.depth));
+      BackwardTile tile(scratch, s.depth, step, tile_size, dweight != nullptr);
       tile.o_count = s.outputs;
-      tile.i_count = s.depth;
-      tile.step = step;
-      tile.wide = scratch.floats(tile_size);
-      tile.exps = scratch.floats(tile_size);
-      tile.masked = scratch.floats(tile_size);
-      tile.slopes = scratch.floats(tile_size);
-      tile.values = scratch.floats(tile_size);
-      tile.dlogits = scratch.floats(tile_size);
-      float* dweight_tile = scratch.floats(tile_size);
-      tile.dweight = dweight != nullptr ? dweight_tile : nullptr;
       float* products = scratch.floats(tile_size);
       uint32_t* words = scratch.words(words_needed(step));
       float* x_values = scratch.floats(plane.size());

@@ -754,24 +754,14 @@ void conv_backward(const ConvProblem& p, const Gradients& d, const Runner& runne
       const int64_t tile_size = o_each * step;
       const int64_t sum_size = own_sums ? images * channels.largest() * in_pixels : 0;
       const auto lease = scratch.reserve(
-          8 * Scratch::need(tile_size) + Scratch::need(words_needed(step)) +
-          2 * Scratch::need(planes_of.size()) +
+          BackwardTile::need(tile_size) + Scratch::need(tile_size) +
+          Scratch::need(words_needed(step)) + 2 * Scratch::need(planes_of.size()) +
           2 * Scratch::need(kPanels * most_depth * kTileColumns) +
           Scratch::need((few ? kPanels : 1) * o_each * kTileColumns) +
           Scratch::need(kConvSum * o_step) + Scratch::need(most_depth * o_step) +
           Scratch::need(few_size) + Scratch::need(sum_size) + 2 * Scratch::need(2 * block_pixels) +
           Scratch::need(2 * most_depth) + Scratch::need(2 * o_each));
-      BackwardTile tile;
-      tile.i_count = depth;
-      tile.step = step;
-      tile.wide = scratch.floats(tile_size);
-      tile.exps = scratch.floats(tile_size);
-      tile.masked = scratch.floats(tile_size);
-      tile.slopes = scratch.floats(tile_size);
-      tile.values = scratch.floats(tile_size);
-      tile.dlogits = scratch.floats(tile_size);
-      float* dweight_tile = scratch.floats(tile_size);
-      tile.dweight = dweight != nullptr ? dweight_tile : nullptr;
+      BackwardTile tile(scratch, depth, step, tile_size, dweight != nullptr);
       float* turned = scratch.floats(tile_size);  // D, turned to the layout of the weight
       uint32_t* words = scratch.words(words_needed(step));
       float* planes = scratch.floats(planes_of.size());

@@ -474,7 +474,24 @@ struct BackwardTile {
   float* slopes;   // of the surrogate
   float* values;   // M, where dweight is wanted
   float* dlogits;  // D * slope, summed over samples
-  float* dweight;  // summed over groups
+  float* dweight;  // summed over groups, or null
+
+  static size_t need(int64_t size) {
+    return 7 * Scratch::need(size);
+  }
+
+  // From a scratch that has `need(size)` left.
+  BackwardTile(Scratch& scratch, int64_t i_count, int64_t step, int64_t size, bool need_weight)
+      : o_count(0),
+        i_count(i_count),
+        step(step),
+        wide(scratch.floats(size)),
+        exps(scratch.floats(size)),
+        masked(scratch.floats(size)),
+        slopes(scratch.floats(size)),
+        values(scratch.floats(size)),
+        dlogits(scratch.floats(size)),
+        dweight(need_weight ? scratch.floats(size) : nullptr) {}
 };
 
 template <bool kHard>
@@ -557,7 +574,7 @@ void add_outer(
   const float* values = t.values + i;
   float* dlogits = t.dlogits + i;
   float* dweight = t.dweight + i;
-  float* to = done.to + i;
+  float* to = kComplete ? done.to + i : nullptr;
   for (int64_t o = 0; o < o_count; o += kTileRows) {
     TileAhead::some(ahead);
     with_rows(o_count - o, [&](auto tile_rows) {
@@ -595,7 +612,7 @@ void add_outer(
     values += kTileRows * step;
     dlogits += kTileRows * step;
     dweight += kTileRows * step;
-    to += kTileRows * to_step;
+    to += kComplete ? kTileRows * to_step : 0;
   }
 }
 
@@ -733,18 +750,9 @@ void linear_gradients(
       thread_local Scratch scratch;
       const int64_t tile_size = kBackwardRows * step;
       const auto lease = scratch.reserve(
-          7 * Scratch::need(tile_size) + Scratch::need(words_needed(width)) +
+          BackwardTile::need(tile_size) + Scratch::need(words_needed(width)) +
           2 * Scratch::need(rows_each * width));
-      BackwardTile tile;
-      tile.i_count = (in < i1 ? in : i1) - i0;
-      tile.step = step;
-      tile.wide = scratch.floats(tile_size);
-      tile.exps = scratch.floats(tile_size);
-      tile.masked = scratch.floats(tile_size);
-      tile.slopes = scratch.floats(tile_size);
-      tile.values = scratch.floats(tile_size);
-      tile.dlogits = scratch.floats(tile_size);
-      tile.dweight = dweight != nullptr ? scratch.floats(tile_size) : nullptr;
+      BackwardTile tile(scratch, (in < i1 ? in : i1) - i0, step, tile_size, dweight != nullptr);
       uint32_t* words = scratch.words(words_needed(width));
       float* x_strips = scratch.floats(rows_each * width);  // [strip][row][kTileColumns]
       float* dx_strips = scratch.floats(rows_each * width);
@@ -786,7 +794,8 @@ void linear_gradients(
               spec.samples * ceil_div(tile.i_count, kTileColumns) *
                   (ceil_div(tile.o_count, kTileRows) +
                    (dx != nullptr ? ceil_div(rows, kTileRows) : 0)));
-          const Completed done{blocks ? nullptr : d.dlogits + here, in, streamed};
+          const bool direct = d.dlogits != nullptr && !blocks;
+          const Completed done{direct ? d.dlogits + here : nullptr, in, streamed};
           // columns of strips that go straight to their place
           const int64_t whole = blocks ? 0 : tile.i_count / kTileColumns * kTileColumns;
           for (int64_t k = 0; k < spec.samples; ++k) {
