@@ -10,6 +10,11 @@ inline bool is_depthwise(const ConvProblem& p) {
          p.kernel[0] * p.kernel[1] <= kSumDepth;
 }
 
+// A row of either image, in whole tiles.
+inline int64_t widest(const ConvProblem& p) {
+  return padded(p.size[1] > p.out_size[1] ? p.size[1] : p.out_size[1], kTileColumns);
+}
+
 // A plane of rows * columns values, at (h, w) the one of an image at (h - top, w - left), zero
 // where there is none and after the columns for another tile.
 struct PaddedPlane {
@@ -47,40 +52,86 @@ struct PaddedPlane {
     return w % stride * part + w / stride;
   }
 
-  template <typename T>
-  void fill(const T* image, int64_t height, int64_t width, float* to) const {
+  // Zeros everywhere; fill leaves those around the image.
+  void clear(float* to) const {
     std::fill(to, to + size(), 0.0f);
-    const int64_t first = left > 0 ? left : 0;
-    const int64_t end = left + width < columns ? left + width : columns;
-    for (int64_t h = top > 0 ? top : 0; h < rows && h < top + height && first < end; ++h) {
-      const T* from = image + (h - top) * width - left;
-      if (stride == 1) {
-        widen_row(from + first, to + h * step + first, end - first);
-        continue;
+  }
+
+  // `row` must hold `width`, here and below. The image that will be wanted next, `ahead` values on,
+  // is fetched meanwhile: it lies on other pages, where the hardware does not look ahead.
+  template <typename T>
+  void fill(
+      const T* image, int64_t height, int64_t width, int64_t ahead, float* row, float* to) const {
+    const int64_t count = left + width < columns ? width : columns - left;
+    for (int64_t h = 0; h < height && h + top < rows && count > 0; ++h, image += width) {
+      float* at = to + (h + top) * step;
+      for (int64_t w = 0; w < count; w += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(image + ahead + w);
       }
-      for (int64_t w = first; w < end && w < first + stride; ++w) {
-        float* place = to + h * step + column(w);
-        for (int64_t at = w; at < end; at += stride) {
-          *place++ = widen(from[at]);
-        }
+      if (stride == 1) {
+        widen_row(image, at + left, count);
+      } else {
+        widen_row(image, row, count);
+        split(row, count, at);
       }
     }
   }
 
-  // The other way round, into a whole image; `row` must hold `width`.
+  // The other way round, into a whole image.
   template <typename T>
   void read(const float* values, int64_t height, int64_t width, float* row, T* image) const {
-    for (int64_t h = 0; h < height; ++h) {
-      const bool reached = h + top < rows;
-      const float* from = reached ? values + (h + top) * step : values;
-      if (reached && stride == 1) {
-        narrow_row(from + left, image + h * width, width);
+    const int64_t count = left + width < columns ? width : columns - left;
+    std::fill(row, row + width, 0.0f);
+    for (int64_t h = 0; h < height; ++h, image += width) {
+      const float* at = values + (h + top) * step;
+      if (h + top >= rows) {
+        std::fill(row, row + width, 0.0f);
+      } else if (stride == 1) {
+        narrow_row(at + left, image, width);
         continue;
+      } else if (count > 0) {
+        join(at, count, row);
       }
-      for (int64_t w = 0; w < width; ++w) {
-        row[w] = reached && w + left < columns ? from[column(w + left)] : 0.0f;
+      narrow_row(row, image, width);
+    }
+  }
+
+  // row[i] to the place of column left + i, and back.
+  void split(const float* __restrict__ row, int64_t n, float* __restrict__ at) const {
+    int64_t done = 0;
+    if (stride == 2) {  // a loop that the compiler makes vectors of
+      float* __restrict__ one = at + column(left);
+      float* __restrict__ other = at + column(left + 1);
+      for (int64_t i = 0; i < n / 2; ++i) {
+        one[i] = row[2 * i];
+        other[i] = row[2 * i + 1];
       }
-      narrow_row(row, image + h * width, width);
+      done = n / 2 * 2;
+    }
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      float* place = at + column(left + phase) + done / stride;
+      for (int64_t i = done + phase; i < n; i += stride) {
+        *place++ = row[i];
+      }
+    }
+  }
+
+  void join(const float* __restrict__ at, int64_t n, float* __restrict__ row) const {
+    int64_t done = 0;
+    if (stride == 2) {
+      const float* __restrict__ one = at + column(left);
+      const float* __restrict__ other = at + column(left + 1);
+      for (int64_t i = 0; i < n / 2; ++i) {
+        row[2 * i] = one[i];
+        row[2 * i + 1] = other[i];
+      }
+      done = n / 2 * 2;
+    }
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      const float* place = at + column(left + phase) + done / stride;
+      for (int64_t i = done + phase; i < n; i += stride) {
+        row[i] = *place++;
+      }
     }
   }
 };
@@ -196,7 +247,7 @@ void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
   const PaddedPlane plane = PaddedPlane::of_input(p);
-  const int64_t row_size = padded(p.out_size[1], kTileColumns);
+  const int64_t row_size = widest(p);
   const int64_t step = spread(padded(s.depth));
 
   // a task draws the masks of its channel once per sample and slice of the images
@@ -227,6 +278,7 @@ void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
     int64_t* shifts = scratch.integers(s.depth);
 
     find_shifts(p, plane, shifts);
+    plane.clear(values);
     load_tile(
         weight, has_blocks(spec.layout) ? nullptr : logits, s.depth, o0, s.outputs, 0, s.depth,
         step, wide, exps);
@@ -239,7 +291,8 @@ void depthwise_forward(const ConvProblem& p, T* y, const Runner& runner) {
       const int64_t end = first_image + (slice + 1) * p.images / slices;
       for (int64_t n = first_image + slice * p.images / slices; n < end; ++n) {
         plane.fill(
-            x + (n * p.channels + channel) * p.size[0] * p.size[1], p.size[0], p.size[1], values);
+            x + (n * p.channels + channel) * p.size[0] * p.size[1], p.size[0], p.size[1],
+            n + 1 < end ? p.channels * p.size[0] * p.size[1] : 0, row, values);
         for (int64_t o = 0; o < s.outputs; ++o) {
           T* to = y + (n * p.outputs + o0 + o) * s.out_pixels;
           const vf bias = splat(bias_values[o]);
@@ -292,7 +345,7 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
       const auto lease = scratch.reserve(
           BackwardTile::need(tile_size) + Scratch::need(tile_size) +
           Scratch::need(words_needed(step)) + 2 * Scratch::need(plane.size()) +
-          Scratch::need(dy_plane.size()) + Scratch::need(padded(p.size[1])) +
+          Scratch::need(dy_plane.size()) + Scratch::need(widest(p)) +
           Scratch::need(s.outputs * s.depth * kTileColumns) + Scratch::need(2 * s.depth));
       BackwardTile tile(scratch, s.depth, step, tile_size, dweight != nullptr);
       tile.o_count = s.outputs;
@@ -301,11 +354,13 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
       float* x_values = scratch.floats(plane.size());
       float* dx_values = scratch.floats(plane.size());
       float* dy_values = scratch.floats(dy_plane.size());
-      float* row = scratch.floats(padded(p.size[1]));
+      float* row = scratch.floats(widest(p));
       float* lane_sums = scratch.floats(s.outputs * s.depth * kTileColumns);
       int64_t* shifts = scratch.integers(s.depth);
 
       find_shifts(p, plane, shifts);
+      plane.clear(x_values);
+      dy_plane.clear(dy_values);
       if (dweight != nullptr) {
         std::fill(tile.dweight, tile.dweight + tile_size, 0.0f);
       }
@@ -320,16 +375,18 @@ void depthwise_backward(const ConvProblem& p, const Gradients& d, const Runner& 
           const int64_t first_image = (set * spec.samples + k) * p.images;
           for (int64_t n = first_image; n < first_image + p.images; ++n) {
             const int64_t at = (n * p.channels + channel) * in_pixels;
+            const bool last = n + 1 == first_image + p.images;
             if (need_outer) {
-              plane.fill(x + at, p.size[0], p.size[1], x_values);
+              plane.fill(
+                  x + at, p.size[0], p.size[1], last ? 0 : p.channels * in_pixels, row, x_values);
             }
             if (dx != nullptr) {
-              std::fill(dx_values, dx_values + plane.size(), 0.0f);
+              plane.clear(dx_values);
             }
             for (int64_t o = 0; o < s.outputs; ++o) {
               dy_plane.fill(
                   dy + (n * p.outputs + o0 + o) * s.out_pixels, p.out_size[0], p.out_size[1],
-                  dy_values);
+                  last ? 0 : p.outputs * s.out_pixels, row, dy_values);
               if (need_outer) {
                 add_shifted_products(
                     x_values, row_step, shifts, s.depth, dy_values, dy_plane,
