@@ -67,6 +67,34 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, kCount>& v) {
   *reinterpret_cast<Vector<T, kCount>*>(p) = v;
 }
 
+// What other blocks wrote before a grid_barrier, past the first-level cache.
+template <typename T>
+__device__ __forceinline__ T load_coherent(const T* p) {
+  return __ldcg(p);
+}
+
+template <int kCount>
+__device__ __forceinline__ Vector<float, kCount> load_coherent_vector(const float* p) {
+  static_assert(kCount == 4, "16 bytes");
+  const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+// Waits until all threads of the grid are here; all blocks must run at once. `arrivals` is one word
+// for the whole launch, 0 at its start.
+__device__ __forceinline__ void grid_barrier(uint32_t* arrivals) {
+  __syncthreads();
+  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
+    const uint32_t blocks = gridDim.x * gridDim.y * gridDim.z;
+    __threadfence();
+    const uint32_t all = (atomicAdd(arrivals, 1u) / blocks + 1) * blocks;
+    while (static_cast<int32_t>(*reinterpret_cast<volatile uint32_t*>(arrivals) - all) < 0) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+
 #else
 
 #define MODMASK_SHARED(type, name, count) \
@@ -111,6 +139,22 @@ void store_vector(
 template <typename T>
 T load(const T* p, simt::Place place = simt::Place::here()) {
   return load_vector<1>(p, place).v[0];
+}
+
+template <typename T>
+T load_coherent(const T* p, simt::Place place = simt::Place::here()) {
+  return load(p, place);
+}
+
+template <int kCount>
+Vector<float, kCount> load_coherent_vector(
+    const float* p, simt::Place place = simt::Place::here()) {
+  return load_vector<kCount>(p, place);
+}
+
+inline void grid_barrier(uint32_t* arrivals, simt::Place place = simt::Place::here()) {
+  (void)arrivals;
+  simt::wait(simt::Wait::kGrid, place);
 }
 
 template <typename T>

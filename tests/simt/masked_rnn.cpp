@@ -1,0 +1,86 @@
+// The time loop of masked recurrent layers.
+#include "call.h"
+
+#include "cuda/masked_rnn.cuh"
+
+using namespace modmask::cuda;
+
+namespace {
+
+template <Cell kCell>
+RnnSizes sizes(const Call& call) {
+  return plan_rnn<kCell>(
+      static_cast<int>(call.integer("steps")), static_cast<int>(call.integer("rows")),
+      static_cast<int>(call.integer("groups")), static_cast<int>(call.integer("hidden")),
+      static_cast<int>(call.integer("multiprocessors")),
+      static_cast<size_t>(call.integer("most_shared")));
+}
+
+RnnMask mask(const Call& call) {
+  return {
+      call.pointer<const float>("weight"), call.pointer<const uint8_t>("bits"),
+      call.integer("set_stride", 0), call.integer("sample_stride", 0),
+      static_cast<int>(call.integer("samples", 1))};
+}
+
+template <typename F>
+void with_cell(const Call& call, const F& f) {
+  if (call.text("cell") == "lstm") {
+    f(std::integral_constant<Cell, Cell::kLstm>{});
+  } else {
+    f(std::integral_constant<Cell, Cell::kGru>{});
+  }
+}
+
+}  // namespace
+
+KERNEL(plan_rnn) {
+  auto* plan = call.pointer<int>("plan");
+  with_cell(call, [&](auto cell) {
+    const RnnSizes s = sizes<decltype(cell)::value>(call);
+    plan[0] = s.units;
+    plan[1] = s.chunk_rows;
+  });
+}
+
+KERNEL(rnn_forward) {
+  with_cell(call, [&](auto cell) {
+    constexpr Cell kCell = decltype(cell)::value;
+    const RnnForward p{
+        sizes<kCell>(call),
+        mask(call),
+        call.pointer<const float>("gates"),
+        call.pointer<const float>("hidden_bias"),
+        call.pointer<const float>("h0"),
+        call.pointer<const float>("c0"),
+        call.pointer<const int64_t>("lengths"),
+        call.integer("reverse") != 0,
+        call.pointer<float>("y"),
+        call.pointer<float>("h"),
+        call.pointer<float>("h_n"),
+        call.pointer<float>("c_n"),
+        call.pointer<float>("saved"),
+        call.pointer<uint32_t>("arrivals")};
+    call.launch(rnn_shape<kCell>(p.size, false), [&] { rnn_forward<kCell>(p); }, true);
+  });
+}
+
+KERNEL(rnn_backward) {
+  with_cell(call, [&](auto cell) {
+    constexpr Cell kCell = decltype(cell)::value;
+    const RnnBackward p{
+        sizes<kCell>(call),
+        mask(call),
+        call.pointer<const float>("saved"),
+        call.pointer<const float>("dy"),
+        call.pointer<const float>("dh_n"),
+        call.pointer<const float>("dc_n"),
+        call.pointer<const int64_t>("lengths"),
+        call.integer("reverse") != 0,
+        call.pointer<float>("dgates"),
+        call.pointer<float>("dh0"),
+        call.pointer<float>("dc0"),
+        call.pointer<uint32_t>("arrivals")};
+    call.launch(rnn_shape<kCell>(p.size, true), [&] { rnn_backward<kCell>(p); }, true);
+  });
+}
