@@ -21,8 +21,9 @@ constexpr float kTwo24 = 16777216.0f;
 
 // 2^f on [-1/2, 1/2], highest degree first; relative error 2e-9.
 constexpr int kExp2Degree = 6;
-constexpr float kExp2[kExp2Degree + 1] = {0.00015353362f, 0.0013398875f, 0.009618437f, 0.055503324f,
-                                          0.24022648f,    0.6931472f,    1.0f};
+#define MODMASK_EXP2 \
+  {0.00015353362f, 0.0013398875f, 0.009618437f, 0.055503324f, 0.24022648f, 0.6931472f, 1.0f}
+constexpr float kExp2[kExp2Degree + 1] = MODMASK_EXP2;
 
 #if defined(__CUDA_ARCH__)
 #define MODMASK_MUL(a, b) __fmul_rn((a), (b))
@@ -39,9 +40,10 @@ MODMASK_HOST_DEVICE float exp_minus(float logit) {
   t = t > -kExponentLimit ? t : -kExponentLimit;
   const float n = MODMASK_ADD(MODMASK_ADD(t, kRoundToInteger), -kRoundToInteger);
   const float f = MODMASK_ADD(t, -n);
-  float p = kExp2[0];
+  constexpr float c[kExp2Degree + 1] = MODMASK_EXP2;  // device code cannot index kExp2
+  float p = c[0];
   for (int i = 1; i <= kExp2Degree; ++i) {
-    p = MODMASK_ADD(MODMASK_MUL(p, f), kExp2[i]);
+    p = MODMASK_ADD(MODMASK_MUL(p, f), c[i]);
   }
   const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   float scale;

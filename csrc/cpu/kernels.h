@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../common/estimator.h"
+
 namespace modmask {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
@@ -12,15 +14,6 @@ enum class DType { kFloat32, kBFloat16, kFloat16 };
 struct Runner {
   int threads;
   void (*run)(int threads, void (*body)(void*), void* context);
-};
-
-// How a mask follows from logits and noise, numbered as in the schemas.
-enum class Estimator { kGumbelSigmoid, kHardConcrete, kSigmoid, kThreshold, kTopK };
-
-// Keeps logits above `value`, and those equal to it among the elements before `ties`.
-struct Cut {
-  float value;
-  int64_t ties;
 };
 
 // The cuts of one parameter, one per set.

@@ -1,0 +1,268 @@
+// Masks of consecutive weights on the device: noise, decision, surrogate, for every estimator.
+#pragma once
+
+#include "../common/estimator.h"
+#include "../common/philox.h"
+#include "../common/surrogate.h"
+#include "device.cuh"
+
+namespace modmask::cuda {
+
+// How the masks of one parameter are drawn, as MaskSpec of csrc/cpu/kernels.h; pointers are the
+// device's. Group g = set * samples + sample.
+struct MaskParams {
+  const int64_t* seeds;  // [sets, draws], or one with seed_stride 0, or null: no noise
+  int64_t seed_stride;
+  int64_t sets;
+  int64_t samples;  // of all draws of a set
+  int64_t sample_offset;
+  int64_t element_offset;
+  int64_t tensor_id;
+  float tau;
+  Estimator estimator;
+  float low;  // kHardConcrete: the stretch; kThreshold: the cut, and whether ties are kept
+  float high;
+  float least_u;  // kHardConcrete: bounds of the uniform number
+  float most_u;
+  bool antithetic;      // samples 2j and 2j + 1 share the noise of sample j, the second as 1 - u
+  const Cut* cuts;      // kTopK: [sets]
+  int64_t keep, among;  // the n largest of every m weights are kept; m = 0: each by itself
+  int64_t stride;       // how far apart these lie
+  int64_t draws = 1;    // seeds of each set, which share its samples equally
+  bool shared = false;  // all sets have the logits of the first one
+};
+
+// What kernels are compiled for; host code asks for it.
+enum class MaskMode {
+  kPlain,    // gumbel_sigmoid with noise
+  kGeneral,  // anything else that decides each weight by itself
+  kGroups,   // n of m
+};
+
+MODMASK_HOST_DEVICE bool has_noise(const MaskParams& p) {
+  return p.seeds != nullptr &&
+         (p.estimator == Estimator::kGumbelSigmoid || p.estimator == Estimator::kHardConcrete);
+}
+
+inline MaskMode mode_of(const MaskParams& p) {
+  if (p.among > 0) {
+    return MaskMode::kGroups;
+  }
+  return has_noise(p) && p.estimator == Estimator::kGumbelSigmoid ? MaskMode::kPlain
+                                                                  : MaskMode::kGeneral;
+}
+
+// The noise of one set and sample.
+struct Draws {
+  uint64_t key;
+  uint32_t sample;
+  uint32_t flip;  // all bits set: 1 - u
+};
+
+MODMASK_DEVICE Draws draws_of(const MaskParams& p, int64_t set, int64_t sample) {
+  if (!has_noise(p)) {
+    return {0, 0, 0};
+  }
+  int64_t draw = 0, of_draw = sample;
+  if (p.draws > 1) {
+    const int64_t each = p.samples / p.draws;
+    draw = sample / each;
+    of_draw = sample - draw * each;
+  }
+  const int64_t at = p.sample_offset + of_draw;
+  return {
+      static_cast<uint64_t>(load(p.seeds + set * p.seed_stride + draw)),
+      static_cast<uint32_t>(at >> (p.antithetic ? 1 : 0)),
+      p.antithetic && (at & 1) != 0 ? ~0u : 0u};
+}
+
+MODMASK_DEVICE PhiloxWords words_of(const MaskParams& p, const Draws& d, uint64_t quad) {
+  PhiloxWords r = philox(
+      static_cast<uint32_t>(quad), d.sample, static_cast<uint32_t>(p.tensor_id),
+      static_cast<uint32_t>(quad >> 32), d.key);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    r.w[j] ^= d.flip;
+  }
+  return r;
+}
+
+// The words of kCount consecutive elements from `element` on, kCount a multiple of 4.
+template <int kCount>
+MODMASK_DEVICE void words_from(
+    const MaskParams& p, const Draws& d, uint64_t element, uint32_t (&to)[kCount]) {
+  const uint64_t quad = element >> 2;
+  const uint32_t skip = static_cast<uint32_t>(element & 3);  // the same for all threads of a launch
+  PhiloxWords now = words_of(p, d, quad);
+#pragma unroll
+  for (int q = 0; q < kCount / 4; ++q) {
+    if (skip == 0) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        to[4 * q + j] = now.w[j];
+      }
+      if (q + 1 < kCount / 4) {
+        now = words_of(p, d, quad + q + 1);
+      }
+    } else {
+      const PhiloxWords next = words_of(p, d, quad + q + 1);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // indices that are known when compiled stay in registers
+        const uint32_t one = j + 1 < 4 ? now.w[(j + 1) & 3] : next.w[(j + 1) & 3];
+        const uint32_t two = j + 2 < 4 ? now.w[(j + 2) & 3] : next.w[(j + 2) & 3];
+        const uint32_t three = j + 3 < 4 ? now.w[(j + 3) & 3] : next.w[(j + 3) & 3];
+        to[4 * q + j] = skip == 1 ? one : skip == 2 ? two : three;
+      }
+      now = next;
+    }
+  }
+}
+
+MODMASK_DEVICE Cut cut_of(const MaskParams& p, int64_t set) {
+  if (p.estimator == Estimator::kTopK) {
+    return {load(&p.cuts[set].value), load(&p.cuts[set].ties)};
+  }
+  return {p.low, p.high != 0.0f ? INT64_MAX : 0};
+}
+
+// Of one weight. Where masks are hard its value is 1 or 0 by `kept`; the slope is that of the soft
+// mask all the same.
+struct MaskValue {
+  bool kept;
+  float value;
+  float slope;
+};
+
+// `e` is exp_minus(logit), `i` the weight's index in its tensor; value and slope only with kSoft.
+template <MaskMode kMode, bool kSoft>
+MODMASK_DEVICE MaskValue
+mask_value(const MaskParams& p, const Cut& cut, float logit, float e, uint32_t word, int64_t i) {
+  if (kMode != MaskMode::kPlain &&
+      (p.estimator == Estimator::kThreshold || p.estimator == Estimator::kTopK)) {
+    const bool kept = logit > cut.value || (logit == cut.value && i < cut.ties);
+    return {kept, kept ? 1.0f : 0.0f, 1.0f};
+  }
+  const bool drawn = kMode == MaskMode::kPlain || has_noise(p);
+  const bool stretched = kMode != MaskMode::kPlain && p.estimator == Estimator::kHardConcrete;
+  float u = drawn ? noise_value(word) : kTwo24 / 2;
+  if (stretched && drawn) {
+    u = clamped(u, p.least_u * kTwo24, p.most_u * kTwo24);
+  }
+  const float ue = MODMASK_MUL(u, e), rest = MODMASK_ADD(kTwo24, -u);
+  const bool kept = drawn ? ue < rest : logit > 0.0f;
+  if (!kSoft) {
+    return {kept, 0.0f, 0.0f};
+  }
+  const Surrogate s = p.tau == 1.0f ? surrogate(ue, rest) : surrogate(logit, u, rest, 1.0f / p.tau);
+  if (!stretched) {
+    return {kept, s.value, s.slope};
+  }
+  const float width = p.high - p.low, v = fmaf(s.value, width, p.low);
+  return {kept, clamped(v, 0.0f, 1.0f), v >= 0.0f && v <= 1.0f ? s.slope * width : 0.0f};
+}
+
+// By what n:m masks rank: exp(logit + noise), or the logit; NaN is the smallest.
+MODMASK_DEVICE float score_of(const MaskParams& p, float logit, float e, uint32_t word) {
+  float score = logit;
+  if (has_noise(p)) {
+    const float u = noise_value(word);
+    score = MODMASK_ADD(kTwo24, -u) / MODMASK_MUL(u, e);
+  }
+  return score == score ? score : -INFINITY;
+}
+
+// The score of one weight, from the start.
+MODMASK_DEVICE float score_at(const MaskParams& p, const Draws& d, const float* logits, int64_t i) {
+  const float logit = load(logits + i);
+  const uint64_t element = static_cast<uint64_t>(p.element_offset + i);
+  const PhiloxWords words = has_noise(p) ? words_of(p, d, element >> 2) : PhiloxWords{};
+  const uint32_t at = element & 3;
+  const uint32_t word = at == 0   ? words.w[0]
+                        : at == 1 ? words.w[1]
+                        : at == 2 ? words.w[2]
+                                  : words.w[3];
+  return score_of(p, logit, exp_minus(logit), word);
+}
+
+// Which of kCount weights from `i` on are kept in their groups of n of m. Their scores serve where
+// the groups lie among them, else the others are drawn too.
+template <int kCount>
+MODMASK_DEVICE uint32_t kept_in_groups(
+    const MaskParams& p,
+    const Draws& d,
+    const float* logits,
+    int64_t i,
+    int64_t count,
+    const float (&scores)[kCount]) {
+  uint32_t kept = 0;
+  const bool inside = p.stride == 1 && kCount % p.among == 0 && i % p.among == 0;
+  if (inside) {
+    const uint32_t m = static_cast<uint32_t>(p.among);
+#pragma unroll
+    for (uint32_t j = 0; j < kCount; ++j) {
+      int before = 0;
+#pragma unroll
+      for (uint32_t o = 0; o < kCount; ++o) {
+        // 2, 4, 8 ...: kCount is a power of 2
+        const bool together = ((j ^ o) & ~(m - 1)) == 0;
+        before += o != j && together && (o < j ? scores[o] >= scores[j] : scores[o] > scores[j]);
+      }
+      kept |= static_cast<uint32_t>(before < p.keep) << j;
+    }
+    return kept;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (i + j < count) {
+      const int64_t place = (i + j) / p.stride % p.among;
+      int64_t before = 0;
+      for (int64_t o = 0; o < p.among; ++o) {
+        if (o != place) {
+          const float other = score_at(p, d, logits, i + j + (o - place) * p.stride);
+          before += o < place ? other >= scores[j] : other > scores[j];
+        }
+      }
+      kept |= static_cast<uint32_t>(before < p.keep) << j;
+    }
+  }
+  return kept;
+}
+
+// kCount elements of a row that ends after `left` of them; zeros beyond.
+template <int kCount>
+MODMASK_DEVICE void load_part(const float* from, int64_t left, float (&to)[kCount]) {
+  if (left >= kCount && (reinterpret_cast<uintptr_t>(from) & 15) == 0) {
+#pragma unroll
+    for (int j = 0; j < kCount; j += 4) {
+      const Vector<float, 4> v = load_vector<4>(from + j);
+#pragma unroll
+      for (int l = 0; l < 4; ++l) {
+        to[j + l] = v.v[l];
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    to[j] = j < left ? load(from + j) : 0.0f;
+  }
+}
+
+template <int kCount>
+MODMASK_DEVICE void store_part(float* to, int64_t left, const float (&from)[kCount]) {
+  if (left >= kCount && (reinterpret_cast<uintptr_t>(to) & 15) == 0) {
+#pragma unroll
+    for (int j = 0; j < kCount; j += 4) {
+      store_vector<4>(to + j, Vector<float, 4>{{from[j], from[j + 1], from[j + 2], from[j + 3]}});
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (j < left) {
+      store(to + j, from[j]);
+    }
+  }
+}
+
+}  // namespace modmask::cuda
