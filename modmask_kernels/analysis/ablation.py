@@ -86,6 +86,7 @@ def ablate(
     seed: int = 0,
     confidence: float = 0.95,
     resamples: int = 2000,
+    strict: bool = True,
 ) -> Ablation:
     """Scores of a network without the weights of a mask, and of controls that lose as many.
 
@@ -110,13 +111,15 @@ def ablate(
         seed: every draw follows from it, the kind and the name of the tensor.
         confidence: of the intervals.
         resamples: of the bootstrap.
+        strict: whether a `MaskSet` must come from a network of these very weights, where it knows.
 
     Returns:
         Ablation: a tidy table, and comparisons of any two kinds.
 
     Raises:
-        ValueError: for wrong settings; for "complement" where a mask keeps more than half of a
-            tensor; for scores of changing size, of other than one dimension, or not finite.
+        ValueError: for wrong settings; for masks of another network; for "complement" where a mask
+            keeps more than half of a tensor; for scores of changing size, of other than one
+            dimension, or not finite.
         TypeError: if `evaluate` returns no tensors, or a mask is not a bool tensor.
 
     Method: percentile intervals of the paired bootstrap (Efron and Tibshirani 1993, chapters 8 and
@@ -124,6 +127,8 @@ def ablate(
     the draws of each kind with replacement.
     """
     _check(kinds, draws, confidence, resamples)
+    if isinstance(mask, MaskSet):
+        mask.check(model, strict=strict)
     for name, kept in mask.items():
         if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
             got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__

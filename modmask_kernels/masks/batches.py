@@ -6,12 +6,17 @@ dicts and what is registered with torch's pytree) of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from ..nn import MaskedModule
 
 
 def inputs_of(batch: Any) -> Any:
@@ -100,3 +105,44 @@ def _cut_tensor(output: Tensor, parts: int, size: int, dim: int) -> Sequence[Ten
             f"dimension {dim}, got shape {tuple(output.shape)}"
         )
     return output.chunk(parts, dim)
+
+
+@contextlib.contextmanager
+def cuts_checked(
+    model: nn.Module, layers: Mapping[str, MaskedModule], batch: int, dim: int
+) -> Iterator[None]:
+    """Within it, ValueError where a masked layer would cut something else than the batch.
+
+    A time-major input whose layer cuts dimension 0 has its time steps, not its rows, dealt out to
+    the masks: no error where the sizes divide, and wrong masks. Nothing is looked at in a compiled
+    model, which hooks would make compile again.
+    """
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+        yield
+        return
+
+    def check(name: str, layer: MaskedModule, called: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0] if inputs else None
+        # the general path shares its hooks with the plain module, which sees single groups
+        if called is not layer or not isinstance(x, Tensor):
+            return
+        cut = layer.batch_dim_of(x)
+        if not -x.dim() <= cut < x.dim():
+            return  # the layer tells
+        cut %= x.dim()
+        found = (
+            f"batch_dim: expected the batch of {batch} (dimension {dim} of the data) in dimension "
+            f"{cut} of the input of layer {name!r}, where it is cut into groups, got shape "
+            f"{tuple(x.shape)}; time-major data say batch_dim=1 to mask_model and to learn_masks"
+        )
+        if x.shape[cut] % batch:
+            raise ValueError(found)
+        others = [n for d, n in enumerate(x.shape[:-1]) if d != cut]
+        if x.shape[cut] != batch and batch in others:
+            warnings.warn(f"maybe something else than the batch is cut. {found}", stacklevel=2)
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(functools.partial(check, name, layer))
+            stack.callback(hook.remove)
+        yield

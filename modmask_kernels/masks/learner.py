@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedModule
-from .batches import batch_size, call_model, cut, inputs_of, join
+from .batches import batch_size, call_model, cut, cuts_checked, inputs_of, join
 from .checkpoint import check_storable
 from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
 from .fingerprint import weight_hash
@@ -74,6 +75,7 @@ class Run:
     selection: tuple[int, int]
     leaves: list[Tensor]  # logits of these sets, [count, ...], one per masked tensor
     views: list[tuple[MaskedModule, Views]]
+    checked: bool = False  # what the layers cut
 
 
 class Learner:
@@ -228,13 +230,20 @@ class Learner:
                     f"got {got} at step {step}"
                 )
             self.ranks.check_sizes(sizes, step, self.device)
-            output = call_model(_inside_ddp(self.model), join(inputs, dim, step))
+            with self._first_cuts_checked(run, sum(sizes)):
+                output = call_model(_inside_ddp(self.model), join(inputs, dim, step))
             outputs = cut(output, len(sizes), sizes[0], dim)
             losses = [
                 _checked_loss(*of_set) for of_set in zip(run.streams, outputs, batches, strict=True)
             ]
             torch.autograd.backward(losses)
             self._update(run, losses, step)
+
+    def _first_cuts_checked(self, run: Run, batch: int) -> AbstractContextManager[None]:
+        if run.checked or self.samples * len(run.streams) == 1:
+            return nullcontext()
+        run.checked = True
+        return cuts_checked(self.model, self.layers, batch, self.settings.batch_dim)
 
     def _update(self, run: Run, losses: Sequence[Tensor], step: int) -> None:
         several = len(run.streams)

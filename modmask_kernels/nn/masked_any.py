@@ -117,6 +117,11 @@ class MaskedAny(MaskedModule):
                 raise
             return value
 
+    def batch_dim_of(self, x: Tensor) -> int:
+        """See `MaskedModule`."""
+        plain: nn.Module = self.__dict__["_plain"]
+        return int(not plain.batch_first) if isinstance(plain, nn.RNNBase) else self.batch_dim
+
     def dense_shell(self) -> nn.Module:
         """The plain module again, for other Parameters."""
         plain: nn.Module = self.__dict__["_plain"]
@@ -155,8 +160,7 @@ class MaskedAny(MaskedModule):
                 f"module: the general path cannot cut a PackedSequence into {groups} groups for "
                 f"{type(plain).__name__}; pad it"
             )
-        recurrent = isinstance(plain, nn.RNNBase)
-        dim = (0 if plain.batch_first else 1) if recurrent else self.batch_dim
+        dim = self.batch_dim if first is None else self.batch_dim_of(first)
         if groups > 1:
             if first is None or first.dim() <= dim or first.shape[dim] == 1:
                 got = "no tensor" if first is None else f"shape {list(first.shape)}"
@@ -177,7 +181,7 @@ class MaskedAny(MaskedModule):
             outputs.append(functional_call(plain, chosen, *of_group))
         if groups == 1:
             return outputs[0]
-        if recurrent:
+        if isinstance(plain, nn.RNNBase):
             y, *state = zip(*outputs, strict=True)
             # hidden states: [layers, batch, ...] whatever the layout of the input
             return cut.join(y), *(_Cut(groups, 1, cut.rows).join(s) for s in state)

@@ -175,6 +175,10 @@ class MaskedMultiheadAttention(MaskedModule):
             device="meta",
         )
 
+    def batch_dim_of(self, x: Tensor) -> int:
+        """See `MaskedModule`."""
+        return 0 if self.batch_first or x.dim() < 3 else 1
+
     def forward(
         self,
         query: Tensor,
@@ -204,7 +208,7 @@ class MaskedMultiheadAttention(MaskedModule):
         batched = self._check(query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask: expected the causal mask beside is_causal, got None")
-        batch = 1 if batched and not self.batch_first else 0
+        batch = self.batch_dim_of(query)
         inputs = [
             t.unsqueeze(0) if not batched else t.transpose(0, batch) for t in (query, key, value)
         ]

@@ -387,6 +387,10 @@ class MaskedModule(nn.Module):
         parameter = self._parameter(name)
         return times_blocks(parameter, mask.to(parameter.dtype))
 
+    def batch_dim_of(self, x: Tensor) -> int:
+        """The dimension of the first input that the layer cuts into groups."""
+        return self.batch_dim
+
     def _groups(self, mode: str, seed: Tensor | None) -> tuple[int, int]:
         """Active sets, and samples of each; their product is the number of groups of a batch."""
         if mode == "off":

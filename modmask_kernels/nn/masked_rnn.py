@@ -150,6 +150,9 @@ class _MaskedRNNLayer(_MaskedRecurrent):
         *("bidirectional", "proj_size"),
     )
 
+    def batch_dim_of(self, x: Tensor) -> int:
+        return 0 if self.batch_first or x.dim() < 3 else 1
+
     def flatten_parameters(self) -> None:
         """Does nothing; for code written for the plain layer."""
 
@@ -502,6 +505,9 @@ class _MaskedCell(_MaskedRecurrent):
     weight_hh: Tensor
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("input_size", "hidden_size", "bias")
+
+    def batch_dim_of(self, x: Tensor) -> int:
+        return 0
 
     @takes_mask_options
     def __init__(

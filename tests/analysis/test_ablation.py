@@ -189,6 +189,15 @@ def test_intervals_cover_the_truth():
     assert 88 <= covered <= 99  # 95% of 100, give or take
 
 
+def test_masks_of_another_network_are_refused(model):
+    masks = mm.masks.random_masks(model, 0.3, seed=0)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match=r"the masks are for another model: .* the weights differ"):
+        analysis.ablate(model, masks, Spy(model), draws=1)
+    assert analysis.ablate(model, masks, Spy(model), draws=1, resamples=5, strict=False).rows
+
+
 def test_results_are_files(model, tmp_path):
     result = analysis.ablate(model, masks_of(model), Spy(model), draws=2, resamples=20)
     path = tmp_path / "ablation.json"

@@ -417,6 +417,57 @@ def test_time_major_models():
         assert torch.equal(results[0][name][1], results[1][name][1])
 
 
+class TimeMajor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0])
+
+
+def learn_time_major(of_model, of_learning, steps=6, compiled=False):
+    def data(step, generator):
+        x = torch.randn(steps, 8, 4, generator=generator)
+        return x, x[..., :2]
+
+    model = mask_model(TimeMajor(), sets=["a", "b"], samples=1, batch_dim=of_model)
+    called = torch.compile(model, backend="eager") if compiled else model
+    loss = lambda output, batch: (output - batch[1]).square().mean()  # noqa: E731
+    chosen = {"a": data, "b": data}
+    learn_masks(called, loss, chosen, 2, lr=0.1, batch_dim=of_learning, progress=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_learning", "message"),
+    [
+        (0, 1, r"batch of 16 \(dimension 1 of the data\) in dimension 0 .* 'head'"),
+        (1, 0, r"batch of 12 \(dimension 0 of the data\) in dimension 1 .* 'recurrent'"),
+        (0, 0, r"batch of 12 \(dimension 0 of the data\) in dimension 1 .* 'recurrent'"),
+    ],
+)
+def test_a_cut_along_time_is_refused(of_model, of_learning, message):
+    with pytest.raises(ValueError, match=f"^batch_dim: expected the {message}"):
+        learn_time_major(of_model, of_learning)
+
+
+def test_a_cut_along_time_where_sizes_divide_is_warned_of():
+    with pytest.warns(UserWarning, match="maybe something else than the batch is cut.*'head'"):
+        learn_time_major(0, 1, steps=32)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cut_along_the_batch_leaves_no_hooks():
+    model = learn_time_major(1, 1)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_compiled_models_get_no_hooks():
+    learn_time_major(0, 1, compiled=True)
+
+
 def test_tied_and_uncalled_layers():
     class Odd(nn.Module):
         def __init__(self):
