@@ -1,7 +1,12 @@
-"""Loads the compiled kernels; a failure is kept, to be told by `explain` and `modmask info`."""
+"""Loads the compiled kernels; a failure is kept, to be told by `explain` and `modmask info`.
+
+Those of the CPU are loaded with the package. Those in CUDA C++ are a library of their own, which a
+PyTorch without CUDA cannot load; it is loaded when a CUDA tensor first needs it.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -9,39 +14,41 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-LOAD_ERROR: str | None = None
-"""Why the compiled kernels are absent, or None."""
-
-_module: ModuleType | None = None
+import torch
 
 
-def _hidden_package() -> Path | None:
-    """The installed package with its extension, where a folder of sources hides it."""
+def _hidden_package(name: str) -> Path | None:
+    """The installed package with the library `name`, where a folder of sources hides it."""
     here = Path(__file__).parent
     for entry in sys.path:
         package = Path(entry or ".").resolve() / here.name
-        if package != here and any(package.glob("_C.*")):
+        if package != here and any(package.glob(f"{name}.*")):
             return package
     return None
 
 
-def _load() -> None:
-    global _module, LOAD_ERROR
+def _load(name: str, absent: str) -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or why there is none; `absent` says what is wrong without a file."""
     try:
-        _module = importlib.import_module("modmask_kernels._C")
+        return importlib.import_module(f"{__package__}.{name}"), None
     except ModuleNotFoundError:
-        LOAD_ERROR = "not built: the package was installed or is run without its compiled extension"
-        hidden = _hidden_package()
-        if hidden is not None:
-            LOAD_ERROR = (
-                f"not built in the source folder {Path(__file__).parent}, which hides the package "
-                f"installed in {hidden}: start Python in another folder"
-            )
+        hidden = _hidden_package(name)
+        if hidden is None:
+            return None, f"not built: {absent}"
+        return None, (
+            f"not built in the source folder {Path(__file__).parent}, which hides the package "
+            f"installed in {hidden}: start Python in another folder"
+        )
     except (ImportError, OSError) as error:
-        LOAD_ERROR = f"does not load: {error}"
+        return None, f"does not load: {error}"
 
 
-_load()
+LOAD_ERROR: str | None
+"""Why the compiled kernels for the CPU are absent, or None."""
+
+_module, LOAD_ERROR = _load(
+    "_C", "the package was installed or is run without its compiled extension"
+)
 
 
 def available() -> bool:
@@ -71,7 +78,44 @@ def set_capability(name: str) -> None:
     _module.set_capability(name)
 
 
-BACKENDS = ("cpu", "reference")
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    module, error = _load("_cuda", "no nvcc was found when the package was installed")
+    if module is None and torch.version.cuda is None:
+        error = f"{error} (this PyTorch is built without CUDA)"
+    return module, error
+
+
+def cuda_load_error() -> str | None:
+    """Why the library of CUDA kernels is absent, or None; the first call loads it."""
+    return _load_cuda()[1]
+
+
+def cuda_toolkit() -> str | None:
+    """The version of the toolkit that compiled the CUDA kernels, or None without them."""
+    module, _ = _load_cuda()
+    if module is None:
+        return None
+    version = module.toolkit_version()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@functools.cache
+def cuda_problem(index: int) -> str | None:
+    """Why the CUDA kernels do not run on the CUDA device `index`, or None where they do."""
+    module, error = _load_cuda()
+    if module is None:
+        return f"the CUDA kernels are {error}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    with torch.cuda.device(index):
+        problem = module.problem()
+    if problem is None:
+        return None
+    return f"the CUDA kernels do not run on {torch.cuda.get_device_name(index)}: {problem}"
+
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("avx512", "avx2", "plain")
 
 
@@ -81,6 +125,8 @@ def _forced_by_environment() -> str | None:
         raise ValueError(f"MODMASK_BACKEND must be one of {', '.join(BACKENDS)}, not {value!r}")
     if value == "cpu" and not available():
         raise RuntimeError(f"MODMASK_BACKEND=cpu, but the compiled kernels are {LOAD_ERROR}")
+    if value == "cuda" and cuda_load_error() is not None:
+        raise RuntimeError(f"MODMASK_BACKEND=cuda, but the CUDA kernels are {cuda_load_error()}")
     return value or None
 
 
@@ -104,5 +150,16 @@ if not available() and FORCED_BACKEND is None:
 
 
 def enabled() -> bool:
-    """Whether the compiled kernels are loaded and not ruled out by MODMASK_BACKEND."""
+    """Whether the compiled CPU kernels are loaded and not ruled out by MODMASK_BACKEND."""
     return available() and FORCED_BACKEND != "reference"
+
+
+def cuda_enabled(device: torch.device) -> bool:
+    """Whether the CUDA kernels run on a CUDA device and are not ruled out by MODMASK_BACKEND.
+
+    To be asked below the dispatcher only: the first call loads a library, which no compiler traces.
+    """
+    if FORCED_BACKEND not in (None, "cuda"):
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return cuda_problem(index) is None

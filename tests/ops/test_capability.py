@@ -108,7 +108,9 @@ def test_backend_by_environment():
     assert first.split()[1] == "reference"
     assert "('reference', 'MODMASK_BACKEND=reference')" in second
     assert unknown.returncode != 0
-    assert "MODMASK_BACKEND must be one of cpu, reference, not 'tpu'" in unknown.stderr
+    assert (
+        "MODMASK_BACKEND must be one of cpu, cuda, triton, reference, not 'tpu'" in unknown.stderr
+    )
     for run in by_kernel:
         assert run.returncode == 0, run.stderr
         assert run.stdout.splitlines()[0].split()[1:] == ["cpu", first.split()[-1]]

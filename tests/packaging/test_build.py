@@ -6,84 +6,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 import torch
+from building import IN_SDIST, ROOT, build, run
 
 import modmask_kernels
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = Path(modmask_kernels.__file__).parent
-IN_SDIST = (
-    "setup.py",
-    "pyproject.toml",
-    "MANIFEST.in",
-    "README.md",
-    "LICENSE",
-    "CHANGELOG.md",
-    "CITATION.cff",
-    "csrc",
-    "modmask_kernels",
-    "tests",
-    "bench",
-)
-
-
-def run(
-    *words: str, cwd: Path, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def build(kind: str, source: Path, **options: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Calls the build backend as pip does without build isolation."""
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
-    return run("-c", code, cwd=source, **options)
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, so that nothing is built in this checkout."""
-    copy = tmp_path_factory.mktemp("checkout")
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in IN_SDIST:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=skip)
-        else:
-            shutil.copy(ROOT / name, copy / name)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def unpacked(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution, unpacked."""
-    done = build("sdist", checkout)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path_factory.mktemp("sdist")
-    with tarfile.open(checkout / "dist" / done.stdout.splitlines()[-1]) as archive:
-        archive.extractall(folder)
-    (only,) = folder.iterdir()
-    return only
-
-
-@pytest.fixture(scope="module")
-def wheel(unpacked: Path) -> Path:
-    """The wheel that the source distribution builds."""
-    done = build("wheel", unpacked)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return unpacked / "dist" / done.stdout.splitlines()[-1]
 
 
 def names(wheel: Path) -> list[str]:
@@ -91,10 +24,9 @@ def names(wheel: Path) -> list[str]:
         return archive.namelist()
 
 
-def extension(wheel: Path) -> bytes:
+def library(wheel: Path, name: str) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-        return archive.read(name)
+        return archive.read(f"modmask_kernels/{name}.abi3.so")
 
 
 class TestSourceDistribution:
@@ -105,7 +37,7 @@ class TestSourceDistribution:
             expected = {
                 path.relative_to(ROOT)
                 for path in (ROOT / kind).rglob("*")
-                if path.suffix in (".py", ".h", ".cpp", ".html", ".typed")
+                if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".typed")
             }
             missing = {path for path in expected if not (unpacked / path).exists()}
             assert not missing
@@ -120,13 +52,16 @@ class TestWheel:
             rf"modmask_kernels-{re.escape(modmask_kernels.__version__)}-cp310-abi3-\w+\.whl",
             wheel.name,
         )
-        assert "modmask_kernels/_C.abi3.so" in names(wheel)
+        libraries = {name for name in names(wheel) if name.endswith(".so")}
+        assert libraries == {"modmask_kernels/_C.abi3.so", "modmask_kernels/_cuda.abi3.so"}
 
     def test_has_the_package_and_nothing_else(self, wheel: Path) -> None:
         top = {name.split("/")[0] for name in names(wheel)}
         information = f"modmask_kernels-{modmask_kernels.__version__}.dist-info"
         assert top == {"modmask_kernels", information}
-        assert not [name for name in names(wheel) if re.search(r"(^|/)tests?[_/]|\.(cpp|h)$", name)]
+        assert not [
+            name for name in names(wheel) if re.search(r"(^|/)tests?[_/]|\.(cpp|cuh?|h)$", name)
+        ]
         for needed in ("modmask_kernels/py.typed", f"{information}/licenses/LICENSE"):
             assert needed in names(wheel)
 
@@ -139,7 +74,7 @@ class TestWheel:
         assert expected <= set(names(wheel))
 
     def test_needs_neither_cuda_nor_unstable_symbols_of_libtorch(self, wheel: Path) -> None:
-        compiled = extension(wheel)
+        compiled = library(wheel, "_C")
         for name in (b"libcuda", b"libtorch_cuda", b"libc10_cuda", b"libtorch_python"):
             assert name not in compiled
         # mangled names of at:: and c10::, which change from release to release
@@ -191,7 +126,7 @@ class TestWithoutTheCompiledPart:
     @pytest.fixture
     def bare(self, tmp_path: Path) -> Path:
         shutil.copytree(
-            PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("_C*", "__pycache__")
+            PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
         )
         return tmp_path
 
@@ -219,7 +154,9 @@ class TestWithoutTheCompiledPart:
     def test_info_tells_why(self, bare: Path) -> None:
         done = self.run(bare, "-m", "modmask_kernels", "info")
         assert done.returncode == 0, done.stderr
-        assert "not built" in done.stdout
+        told = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+        assert told["CPU kernels"].strip().startswith("not built")
+        assert told["CUDA kernels"].strip().startswith("not built")
 
     def test_info_tells_why_a_broken_one_does_not_load(self, bare: Path) -> None:
         (bare / "modmask_kernels" / "_C.abi3.so").write_bytes(b"not a shared library")

@@ -97,6 +97,12 @@ _library.define(
     f"{_WHERE}) -> Tensor",
     _backward_reference,
 )
+_library.define_on_cuda("pack_bits_cuda(Tensor mask) -> Tensor")
+
+
+@_library.fake("pack_bits_cuda")
+def _pack_fake(mask: Tensor) -> Tensor:
+    return mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
 
 
 @_library.fake("sample_mask")
@@ -301,7 +307,11 @@ def pack_bits(mask: Tensor) -> Tensor:
         torch.from_numpy(numpy.packbits(mask.numpy().ravel() != 0, bitorder="little"))
     """
     _check.check_tensors(mask=mask)
-    flat = (mask != 0).reshape(-1).to(torch.uint8)
+    kept = mask != 0
+    if kept.is_cuda and not _library.traced() and _native.cuda_enabled(kept.device):
+        bits: Tensor = torch.ops.modmask.pack_bits_cuda(kept)
+        return bits
+    flat = kept.reshape(-1).to(torch.uint8)
     octets = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     packed = octets[:, 0].clone()
     for bit in range(1, 8):

@@ -1,0 +1,74 @@
+// Shared by the CUDA bindings of all operations: where they run, and checks of operands.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "launch.h"
+
+namespace modmask::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The device of a tensor, made the current one, and torch's current stream there.
+class Place {
+ public:
+  explicit Place(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+    check(t, "the first operand");
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<Stream>(stream);
+  }
+
+  Stream stream() const {
+    return stream_;
+  }
+
+  // Refuses a tensor that lies elsewhere.
+  void check(const Tensor& t, const char* name) const {
+    int32_t device;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+    STD_TORCH_CHECK(
+        device == aoti_torch_device_type_cuda() && t.get_device_index() == index_, name,
+        " must be on cuda:", index_, " like the other operands");
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+};
+
+// Keeps an operand alive as the kernels read it, contiguous and at a multiple of 16 bytes.
+class Operand {
+ public:
+  Operand(const Place& place, const std::optional<Tensor>& t, const char* name) : tensor_(t) {
+    if (!t.has_value()) {
+      return;
+    }
+    place.check(*t, name);
+    tensor_ = torch::stable::contiguous(*t);
+    if (reinterpret_cast<uintptr_t>(data<void>()) % 16 != 0) {
+      tensor_ = torch::stable::clone(*tensor_);
+    }
+  }
+
+  // Null where the operand is absent.
+  template <typename T>
+  const T* data() const {
+    return tensor_.has_value() ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr;
+  }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
+}  // namespace modmask::cuda

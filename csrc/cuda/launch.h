@@ -1,0 +1,23 @@
+// What the bindings call of the CUDA code: neither torch nor CUDA headers, so that each side is
+// compiled without the other's. All pointers are of the device of the stream, which must be the
+// current one; nothing here allocates or waits. A launch that fails throws, naming the kernel.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace modmask::cuda {
+
+using Stream = CUstream_st*;
+
+// Of the toolkit that compiled this, as in CUDART_VERSION.
+int toolkit_version();
+
+// Why nothing can run on the current device, or null.
+const char* problem();
+
+// bits: [ceil(count / 8)]; mask: 0 or 1
+void launch_pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits, Stream stream);
+
+}  // namespace modmask::cuda

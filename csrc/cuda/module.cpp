@@ -1,0 +1,43 @@
+// The Python module: importing it registers the kernels; its functions tell of the toolkit and of
+// the current device.
+
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include "launch.h"
+
+namespace {
+
+PyObject* toolkit_version(PyObject*, PyObject*) {
+  return PyLong_FromLong(modmask::cuda::toolkit_version());
+}
+
+PyObject* problem(PyObject*, PyObject*) {
+  const char* text = modmask::cuda::problem();
+  if (text == nullptr) {
+    Py_RETURN_NONE;
+  }
+  return PyUnicode_FromString(text);
+}
+
+PyMethodDef methods[] = {
+    {"toolkit_version", toolkit_version, METH_NOARGS, "CUDART_VERSION of the compiling toolkit."},
+    {"problem", problem, METH_NOARGS, "Why the current device runs no kernel, or None."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_cuda",
+    "CUDA kernels of modmask_kernels.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda() {
+  return PyModule_Create(&module);
+}
