@@ -143,17 +143,14 @@ class Build(BuildExtension):
             objects = list(pool.map(compiled, extension.sources))
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The CUDA runtime is linked statically, so that the library needs nothing but LibTorch.
-        # Symbols of libtorch_cuda are found through libtorch, which a CPU-only torch has as well.
-        self.spawn(
-            [
-                *(nvcc, "-shared", "--no-device-link", "-ccbin", self.cxx[0], "-cudart", "static", *objects),
-                f"-L{Path(nvcc).parents[1] / 'lib'}",  # where the toolkit is Python packages
-                *(f"-L{path}" for path in library_paths()),
-                *("-Xlinker", "--no-as-needed", "-ltorch"),
-                *("-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s", "-o", str(target)),
-            ]
-        )
+        # The CUDA runtime is inside, so that the library needs nothing but LibTorch. Symbols of
+        # libtorch_cuda are found through libtorch, which a PyTorch without CUDA has as well.
+        link = [nvcc, "-shared", "--no-device-link", "-ccbin", self.cxx[0], "-cudart", "static"]
+        # where the toolkit is Python packages nvcc looks for its own libraries elsewhere
+        folders = [f"-L{path}" for path in (Path(nvcc).parents[1] / "lib", *library_paths())]
+        more = ["--no-as-needed", "--exclude-libs,ALL", "-s"]
+        passed = [word for flag in more for word in ("-Xlinker", flag)]
+        self.spawn([*link, *passed, *objects, *folders, "-ltorch", "-o", str(target)])
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def _load(name: str, absent: str) -> tuple[ModuleType | None, str | None]:
             f"installed in {hidden}: start Python in another folder"
         )
     except (ImportError, OSError) as error:
-        return None, f"does not load: {error}"
+        return None, f"not loaded: {error}"
 
 
 LOAD_ERROR: str | None

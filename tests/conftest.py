@@ -73,8 +73,14 @@ def unpacked(checkout, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheel(unpacked):
-    """The wheel that the source distribution builds, with the CUDA kernels."""
+def wheel(request):
+    """The wheel that the source distribution builds, with the CUDA kernels.
+
+    MODMASK_TEST_WHEEL names one that is built already.
+    """
+    if "MODMASK_TEST_WHEEL" in os.environ:
+        return Path(os.environ["MODMASK_TEST_WHEEL"])
+    unpacked = request.getfixturevalue("unpacked")
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
     done = build("wheel", unpacked, environment={**environment, "MODMASK_CUDA": "1"})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "device.cuh"
 #include "launch.h"
 
 namespace modmask::cuda {
@@ -17,33 +18,32 @@ inline void check(cudaError_t error, const char* kernel) {
   }
 }
 
-// Blocks of a kernel that takes `each` elements per block, in a loop where there are more.
-inline dim3 blocks_for(int64_t count, int64_t each) {
-  const int64_t blocks = (count + each - 1) / each, most = int64_t{1} << 20;
-  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
-}
-
-template <typename... Parameters, typename... Arguments>
+// `cooperative`: all blocks must run at once, or there is an error.
+template <typename Parameters>
 void launch(
     const char* name,
-    void (*kernel)(Parameters...),
-    dim3 grid,
-    dim3 block,
-    size_t shared,
-    cudaStream_t stream,
-    Arguments&&... arguments) {
-  if (shared > 48 * 1024) {  // more than this must be asked for
+    void (*kernel)(Parameters),
+    const LaunchShape& shape,
+    const Parameters& p,
+    Stream stream,
+    bool cooperative = false) {
+  if (shape.shared > 48 * 1024) {  // more than this must be asked for
     check(
         cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)),
         name);
   }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, p), name);
 }
 
 }  // namespace modmask::cuda

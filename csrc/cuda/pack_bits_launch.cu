@@ -4,9 +4,7 @@
 namespace modmask::cuda {
 
 void launch_pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits, Stream stream) {
-  launch(
-      "pack_bits", pack_bits_kernel, blocks_for(count, kPackThreads * kPackEach), kPackThreads, 0,
-      stream, mask, count, bits);
+  launch<PackBits>("pack_bits", pack_bits, pack_bits_shape(count), {mask, count, bits}, stream);
 }
 
 int toolkit_version() {
@@ -15,7 +13,7 @@ int toolkit_version() {
 
 const char* problem() {
   cudaFuncAttributes attributes;  // asks for the code of the current device
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, pack_bits_kernel);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, pack_bits);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
