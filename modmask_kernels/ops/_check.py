@@ -23,14 +23,13 @@ def check_optional_tensors(**given: object) -> None:
     check_tensors(**{name: t for name, t in given.items() if t is not None})
 
 
-def check_seed(seed: Tensor | None, sets: int | None, like: Tensor, like_name: str) -> None:
-    """`seed` is an int64 tensor of shape [] or [sets] on the device of `like`."""
+def check_seed(seed: object, sets: int | None, like: Tensor, like_name: str) -> None:
+    """`seed` is None or an int64 tensor of shape [] or [sets] on the device of `like`."""
     if seed is None:
         return
     if not isinstance(seed, Tensor):
-        raise TypeError(
-            f"seed must be an int64 tensor, not {type(seed).__name__}: use torch.tensor(seed)"
-        )
+        hint = ": use torch.tensor(seed)" if type(seed) is int else ""
+        raise TypeError(f"seed must be an int64 tensor, not {type(seed).__name__}{hint}")
     if seed.dtype is not torch.int64:
         raise TypeError(f"seed must be int64, not {seed.dtype}")
     if seed.dim() > 1 or (seed.dim() == 1 and sets is not None and seed.shape[0] != sets):

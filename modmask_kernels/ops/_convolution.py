@@ -74,8 +74,11 @@ def check_convolution(
     padding: int | str | Sequence[int],
     dilation: int | Sequence[int],
     groups: int,
+    unbatched: bool = False,
 ) -> tuple[list[int], list[int], list[int]]:
     """Raise unless x [batch, channels, *sizes], weight and options fit.
+
+    `unbatched`: the batch, of size 1, is not the caller's.
 
     Returns:
         stride, zeros before and after each spatial dimension, dilation.
@@ -89,9 +92,10 @@ def check_convolution(
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be at least 1, not {groups!r}")
     if x.dim() != 2 + dims or x.shape[1] != weight.shape[1] * groups:
+        batch, given = ("", x.squeeze(0)) if unbatched else ("batch, ", x)
         raise ValueError(
-            f"x must have shape [batch, {weight.shape[1] * groups}, {spatial}] to fit weight "
-            f"{_check.shape_of(weight)} and groups={groups}, not {_check.shape_of(x)}"
+            f"x must have shape [{batch}{weight.shape[1] * groups}, {spatial}] to fit weight "
+            f"{_check.shape_of(weight)} and groups={groups}, not {_check.shape_of(given)}"
         )
     if weight.shape[0] % groups:
         raise ValueError(

@@ -285,15 +285,12 @@ def check_parameters(
     """
     _check.check_optional_tensors(bias=bias, bias_logits=bias_logits)
     dims = weight.dim()
-    if logits.dim() == dims:
-        logits = logits.unsqueeze(0)
-    if bias_logits is not None and bias_logits.dim() == 1:
-        bias_logits = bias_logits.unsqueeze(0)
-    _check.check_seed(seed, logits.shape[0] if logits.dim() == dims + 1 else None, x, "x")
+    of_sets = logits.unsqueeze(0) if logits.dim() == dims else logits
+    _check.check_seed(seed, of_sets.shape[0] if of_sets.dim() == dims + 1 else None, x, "x")
     if (
-        logits.dim() != dims + 1
-        or not _blocks.divides(logits.shape[1:], weight.shape)
-        or logits.shape[0] < 1
+        of_sets.dim() != dims + 1
+        or not _blocks.divides(of_sets.shape[1:], weight.shape)
+        or of_sets.shape[0] < 1
     ):
         shape = ", ".join(str(n) for n in weight.shape)
         raise ValueError(
@@ -302,13 +299,13 @@ def check_parameters(
         )
     if n_of_m is not None:
         check_n_of_m(n_of_m, weight, logits)
-    sets, out = logits.shape[0], weight.shape[0] if outputs is None else outputs
+    sets, out = of_sets.shape[0], weight.shape[0] if outputs is None else outputs
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must have shape [{out}], not {_check.shape_of(bias)}")
     if bias_logits is not None:
         if bias is None:
             raise ValueError("bias_logits came without a bias")
-        if bias_logits.shape != (sets, out):
+        if bias_logits.shape != (sets, out) and (sets > 1 or bias_logits.shape != (out,)):
             raise ValueError(
                 f"bias_logits must have shape [{out}] or [{sets}, {out}], "
                 f"not {_check.shape_of(bias_logits)}"
@@ -366,10 +363,18 @@ def check_hard(
         raise ValueError(f"n_of_m needs the estimator 'gumbel_sigmoid', not {name!r}")
 
 
-def check_batch(x: Tensor, dim: int, sets: int, samples: int) -> int:
-    """The rows of each of sets * samples groups; ValueError unless the batch of x divides."""
+def check_batch(x: Tensor, dim: int, sets: int, samples: int, unbatched: bool = False) -> int:
+    """The rows of each of sets * samples groups; ValueError unless the batch of x divides.
+
+    `unbatched`: the batch, of size 1, is not the caller's.
+    """
     groups = sets * samples
     if x.shape[dim] % groups:
+        if unbatched:
+            raise ValueError(
+                f"x {_check.shape_of(x.squeeze(dim))} has no batch dimension, which would be "
+                f"divided into {sets} sets * {samples} samples = {groups} groups"
+            )
         raise ValueError(
             f"the batch of x, {x.shape[dim]} (dimension {dim} of {_check.shape_of(x)}), does not "
             f"divide into {sets} sets * {samples} samples = {groups} equal groups"

@@ -57,6 +57,14 @@ class Estimator(NamedTuple):
         return f"{self.name}({options})" if options else self.name
 
 
+def _number(value: Any) -> float:
+    """A number as it is, NaN for anything else, which fits no range."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 NAMES = ("gumbel_sigmoid", "hard_concrete", "sigmoid", "threshold", "top_k")
 
 
@@ -69,16 +77,20 @@ def hard_concrete(stretch: tuple[float, float] = (-0.1, 1.1), *, clamp: float = 
     """The soft mask, stretched and cut off at 0 and 1 (Louizos et al. 2018).
 
     Args:
-        stretch: the interval (gamma, zeta), which contains [0, 1].
+        stretch: the interval (gamma, zeta) of the paper, which contains [0, 1]; the estimator has
+            it as `low` and `high`.
         clamp: the uniform numbers are clamped to [clamp, 1 - clamp], as several packages do.
 
     Raises:
         ValueError: for an interval that does not contain [0, 1], or a clamp outside [0, 1/2).
     """
-    low, high = (float(end) for end in stretch)
+    try:
+        low, high = (float(end) for end in stretch)
+    except (TypeError, ValueError):
+        raise ValueError(f"stretch: expected two numbers (gamma, zeta), got {stretch!r}") from None
     if not (-math.inf < low <= 0.0 and 1.0 <= high < math.inf):
         raise ValueError(f"stretch: expected an interval that contains [0, 1], got {stretch!r}")
-    if not 0.0 <= clamp < 0.5:
+    if not 0.0 <= _number(clamp) < 0.5:
         raise ValueError(f"clamp: expected a number in [0, 1/2), got {clamp!r}")
     return Estimator("hard_concrete", low, high, float(clamp))
 
@@ -98,7 +110,7 @@ def threshold(value: float = 0.0, *, inclusive: bool = False) -> Estimator:
     Raises:
         ValueError: for a threshold that is not finite.
     """
-    if not math.isfinite(value):
+    if not math.isfinite(_number(value)):
         raise ValueError(f"value: expected a finite number, got {value!r}")
     return Estimator("threshold", float(value), float(inclusive))
 
@@ -116,7 +128,7 @@ def top_k(fraction: float = 0.5) -> Estimator:
 
     Source: Ramanujan et al. 2020, "What's Hidden in a Randomly Weighted Neural Network?"
     """
-    if not 0.0 <= fraction <= 1.0:
+    if not 0.0 <= _number(fraction) <= 1.0:
         raise ValueError(f"fraction: expected a number in [0, 1], got {fraction!r}")
     return Estimator("top_k", float(fraction))
 

@@ -302,7 +302,7 @@ def test_reference_of_several_draws():
     drawn = reference.sample_mask(tensors["logits"], seed=tensors["seed"], samples=2, tensor_id=3)
     assert torch.equal(masks, drawn)
     packed = torch.ops.modmask.sample_mask_packed(tensors["logits"], tensors["seed"], 2, *where)
-    assert torch.equal(packed[4, 1], ops.pack_bits(masks[4, 1]))
+    assert torch.equal(packed[4, 1], ops.pack_bits(masks[4, 1] > 0))
 
 
 # ---- recurrent layers ----

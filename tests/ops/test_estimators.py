@@ -64,7 +64,7 @@ def test_masks_are_those_of_the_reference(name, seed, antithetic, capability):
         assert ((masks == 0) | (masks == 1)).all()
         packed = ops.sample_mask_packed(logits, **options)
         rows = masks.flatten(0, 0 if packed.dim() == 2 else 1)
-        octets = torch.stack([ops.pack_bits(row) for row in rows])
+        octets = torch.stack([ops.pack_bits(row > 0) for row in rows])
         assert torch.equal(packed.flatten(0, -2), octets)
 
 
@@ -356,6 +356,9 @@ def test_antithetic_samples_are_pairs():
         (lambda: estimators.hard_concrete(clamp=0.5), r"clamp: expected a number in \[0, 1/2\)"),
         (lambda: estimators.threshold(math.nan), "value: expected a finite number, got nan"),
         (lambda: estimators.top_k(1.5), r"fraction: expected a number in \[0, 1\], got 1.5"),
+        (lambda: estimators.top_k("a"), r"fraction: expected a number in \[0, 1\], got 'a'"),
+        (lambda: estimators.threshold([1]), r"value: expected a finite number, got \[1\]"),
+        (lambda: estimators.hard_concrete(0.1), r"stretch: expected two numbers .*got 0.1"),
         (lambda: estimators.resolve("gumbel"), "estimator: expected one of .*, got 'gumbel'"),
         (
             lambda: ops.sample_mask(torch.zeros(4), seed=None, estimator="top_k", element_offset=2),

@@ -459,6 +459,12 @@ X, W, L = torch.zeros(12, 4, 5, 6), torch.zeros(6, 4, 3, 3), torch.zeros(2, 6, 4
 BAD = [
     ({"x": torch.zeros(12, 3, 5, 6)}, ValueError, r"x must have shape \[batch, 4, height, width\]"),
     ({"x": torch.zeros(12, 4)}, ValueError, r"x must have shape .*not \[12, 4\]"),
+    (
+        {"x": torch.zeros(3, 5, 6)},
+        ValueError,
+        r"x must have shape \[4, height, width\].*not \[3, 5, 6\]",
+    ),
+    ({"x": torch.zeros(4, 5, 6)}, ValueError, r"x \[4, 5, 6\] has no batch dimension.* = 4 groups"),
     ({"x": torch.zeros(12, 4, 2, 6)}, ValueError, r"x is smaller than the kernel: 2 .* needs 3"),
     ({"x": torch.zeros(10, 4, 5, 6)}, ValueError, r"batch of x, 10 .*2 sets \* 2 samples = 4"),
     ({"weight": torch.zeros(6, 4, 3)}, ValueError, r"weight must have shape \[out, in / groups"),

@@ -408,6 +408,8 @@ BAD = [
     ("matmul", {"x": None}, TypeError, r"x must be a tensor, not NoneType"),
     ("matmul", {"samples": 0}, ValueError, r"samples must be at least 1"),
     ("conv", {"x": IMAGES[:, :3]}, ValueError, r"x must have shape \[batch, 4, height, width\]"),
+    ("conv", {"x": IMAGES[0, 1:]}, ValueError, r"x must have shape \[4, height.*not \[3, 3, 3\]"),
+    ("conv", {"x": IMAGES[0]}, ValueError, r"x \[4, 3, 3\] has no batch dimension"),
     ("conv", {"x": IMAGES[:10]}, ValueError, r"2 sets \* 2 samples = 4"),
     ("conv", {"weight": KERNEL[0]}, ValueError, r"weight must have shape \[in, out / groups"),
     ("conv", {"groups": 3}, ValueError, r"groups must divide the 4 input channels"),

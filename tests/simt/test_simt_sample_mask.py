@@ -85,7 +85,7 @@ class Masks:
     def check(self, *, soft=True):
         hard, _ = self.expected(torch.float32, True)
         assert torch.equal(self.values(True), hard.detach())
-        packed = [ops.pack_bits(m) for m in hard.detach().reshape(-1, self.count)]
+        packed = [ops.pack_bits(m > 0) for m in hard.detach().reshape(-1, self.count)]
         bits = self.bits()
         assert torch.equal(bits, torch.stack(packed).view(bits.shape))
         if soft:

@@ -90,10 +90,10 @@ def _masked_conv(
     if unbatched:
         x = x.unsqueeze(0)
     stride, padding, dilation = check_convolution(
-        dims, x, weight, stride, padding, dilation, groups
+        dims, x, weight, stride, padding, dilation, groups, unbatched
     )
     sets = check_parameters(x, weight, logits, bias, bias_logits, seed, n_of_m)
-    check_batch(x, 0, sets, 1 if seed is None else samples)
+    check_batch(x, 0, sets, 1 if seed is None else samples, unbatched)
     if dims == 1:
         stride, dilation, padding = [1, *stride], [1, *dilation], [0, 0, *padding]
         x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)
@@ -166,7 +166,7 @@ def masked_conv2d(
         TypeError: dtypes that do not fit.
 
     Under autocast `x`, `weight` and `bias` are cast, logits never. Gradients: `x`, `weight`,
-    `logits`, `bias`, `bias_logits`; there is no second derivative.
+    `logits`, `bias`, `bias_logits`; the fused operation has no second derivative.
 
     Equivalent to::
 

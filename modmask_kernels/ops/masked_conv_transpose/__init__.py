@@ -117,9 +117,10 @@ def _masked_conv_transpose(
             f"groups must divide the {weight.shape[0]} input channels of weight, not {groups!r}"
         )
     if x.dim() != 2 + dims or x.shape[1] != weight.shape[0] or 0 in x.shape[2:]:
+        batch, given = ("", x.squeeze(0)) if unbatched else ("batch, ", x)
         raise ValueError(
-            f"x must have shape [batch, {weight.shape[0]}, {spatial}] without a size of 0 to fit "
-            f"weight {_check.shape_of(weight)}, not {_check.shape_of(x)}"
+            f"x must have shape [{batch}{weight.shape[0]}, {spatial}] without a size of 0 to fit "
+            f"weight {_check.shape_of(weight)}, not {_check.shape_of(given)}"
         )
     stride = numbers(stride, dims, "stride", 1)
     dilation = numbers(dilation, dims, "dilation", 1)
@@ -132,7 +133,7 @@ def _masked_conv_transpose(
             )
     outputs = weight.shape[1] * groups
     sets = check_parameters(x, weight, logits, bias, bias_logits, seed, outputs=outputs)
-    check_batch(x, 0, sets, 1 if seed is None else samples)
+    check_batch(x, 0, sets, 1 if seed is None else samples, unbatched)
     if dims == 1:
         stride, dilation, cut, added = [1, *stride], [1, *dilation], [0, *cut], [0, *added]
         x, weight, logits = x.unsqueeze(2), weight.unsqueeze(2), logits.unsqueeze(-2)
@@ -210,7 +211,7 @@ def masked_conv_transpose2d(
         TypeError: dtypes that do not fit.
 
     Under autocast `x`, `weight` and `bias` are cast, logits never. Gradients: `x`, `weight`,
-    `logits`, `bias`, `bias_logits`; there is no second derivative.
+    `logits`, `bias`, `bias_logits`; the fused operation has no second derivative.
 
     Equivalent to::
 

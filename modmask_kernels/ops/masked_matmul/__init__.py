@@ -76,7 +76,7 @@ def masked_matmul(
         TypeError: dtypes that do not fit.
 
     Under autocast `x`, `weight` and `bias` are cast, logits never. Gradients: `x`, `weight`,
-    `logits`, `bias`, `bias_logits`; there is no second derivative.
+    `logits`, `bias`, `bias_logits`; the fused operation has no second derivative.
 
     Equivalent to::
 

@@ -158,13 +158,23 @@ _differentiate = _library.differentiable_once("masked_rnn_backward", _batching.r
 _operation = _library.differentiable("masked_rnn", _setup_context, _backward, _batching.recurrent)
 
 
+def _check_dtype(x: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    if x.dtype != weight_ih.dtype == weight_hh.dtype:
+        raise TypeError(f"x must have the dtype of the weights, {weight_ih.dtype}, not {x.dtype}")
+
+
 def _check_parameter(
     t: Tensor | None, name: str, shape: tuple[int, ...], x: Tensor, dtypes: Sequence[torch.dtype]
 ) -> None:
     if t is None:
         return
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, not {_check.shape_of(t)}")
+    # logits of one set may come without its dimension
+    shapes = [shape[1:], shape] if "logits" in name and shape[0] == 1 else [shape]
+    if tuple(t.shape) not in shapes:
+        expected = " or ".join(str(list(s)) for s in shapes)
+        raise ValueError(f"{name} must have shape {expected}, not {_check.shape_of(t)}")
     if t.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, not {t.dtype}")
     _check.check_device(t, name, x, "x")
@@ -231,18 +241,10 @@ def _masked_rnn(
         )
     batch, hidden = x.shape[1], weight_hh.shape[1]
     out = gates * hidden
-    logits_ih, logits_hh, bias_logits_ih, bias_logits_hh = (  # type: ignore[assignment]
-        t.unsqueeze(0) if t is not None and t.dim() == dims else t
-        for t, dims in (
-            (logits_ih, 2),
-            (logits_hh, 2),
-            (bias_logits_ih, 1),
-            (bias_logits_hh, 1),
-        )
-    )
-    sets = logits_ih.shape[0]
+    sets = logits_ih.shape[0] if logits_ih.dim() == 3 else 1
     if sets < 1:
         raise ValueError("logits_ih must have at least one set, not 0")
+    _check_dtype(x, weight_ih, weight_hh)
     own = (x.dtype,)
     wide = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
     for t, name, shape, dtypes in (
@@ -259,6 +261,15 @@ def _masked_rnn(
         (lengths, "lengths", (batch,), (torch.int64,)),
     ):
         _check_parameter(t, name, shape, x, dtypes)
+    logits_ih, logits_hh, bias_logits_ih, bias_logits_hh = (  # type: ignore[assignment]
+        t.unsqueeze(0) if t is not None and t.dim() == dims else t
+        for t, dims in (
+            (logits_ih, 2),
+            (logits_hh, 2),
+            (bias_logits_ih, 1),
+            (bias_logits_hh, 1),
+        )
+    )
     if lengths is not None and batch and not (_library.traced() or lengths.is_meta):
         low, high = (int(n) for n in lengths.aminmax())
         if low < 0 or high > x.shape[0]:
@@ -359,7 +370,7 @@ def masked_lstm(
         TypeError: dtypes that do not fit.
 
     Under autocast `x`, weights, biases and states are cast, logits never. Gradients: all tensors
-    but `seed` and `lengths`; there is no second derivative.
+    but `seed` and `lengths`; the fused operation has no second derivative.
 
     Equivalent to::
 

@@ -294,19 +294,22 @@ def pack_bits(mask: Tensor) -> Tensor:
     """Packs a mask, one bit per element in row-major order, the lowest bit first.
 
     Args:
-        mask: bool tensor of any shape (anything else: non-zero counts as kept).
+        mask: bool tensor of any shape, or integers, of which all but 0 count as kept.
 
     Returns:
         uint8 `[ceil(n / 8)]`; bits beyond the last element are 0.
 
     Raises:
-        TypeError: a `mask` that is no tensor.
+        TypeError: a `mask` that is no tensor, or one of floating point: say which values are kept,
+            for a hard mask ``mask > 0``.
 
     Equivalent to::
 
         torch.from_numpy(numpy.packbits(mask.numpy().ravel() != 0, bitorder="little"))
     """
     _check.check_tensors(mask=mask)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or of integers, not {mask.dtype}: use mask > 0")
     kept = mask != 0
     if kept.is_cuda and not _library.traced() and _native.cuda_enabled(kept.device):
         bits: Tensor = torch.ops.modmask.pack_bits_cuda(kept)
