@@ -37,6 +37,7 @@ enum class MaskMode {
   kPlain,    // gumbel_sigmoid with noise
   kGeneral,  // anything else that decides each weight by itself
   kGroups,   // n of m
+  kPacked,   // bits that sample_bits wrote, where a kernel takes them
 };
 
 MODMASK_HOST_DEVICE bool has_noise(const MaskParams& p) {

@@ -32,9 +32,7 @@ def mask_arguments(
     """Of logits [sets, ...]; seed [], [sets], [sets, draws] or None."""
     chosen = estimators.resolve(estimator)
     draws = seed.shape[1] if seed is not None and seed.dim() == 2 else 1
-    cuts = None
-    if chosen.name == "top_k":
-        cuts = np.array([top_k_cut(row, chosen.low) for row in logits.flatten(1)], CUT)
+    cuts = top_k_cuts(logits, chosen) if chosen.name == "top_k" else None
     keep, among = n_of_m or (0, 0)
     return {
         "seeds": None if seed is None else seed.reshape(-1).numpy(),
@@ -58,10 +56,22 @@ def mask_arguments(
     }
 
 
-def top_k_cut(logits: Tensor, fraction: float) -> tuple[float, int]:
-    """Where the kept logits end: the last value, and the elements before which its equals stay."""
-    kept = ops.top_k_mask(logits, estimators.kept_count(fraction, logits.numel()))
-    if not kept.any():
-        return float("inf"), 0
-    value = logits[kept].min()
-    return float(value), int(torch.nonzero(kept & (logits == value)).max()) + 1
+def top_k_cuts(logits: Tensor, estimator: estimators.Estimator) -> np.ndarray:
+    """Where the kept logits of every set end: the last value, and before which of its equals."""
+
+    def cut(row: Tensor) -> tuple[float, int]:
+        kept = ops.top_k_mask(row, estimators.kept_count(estimator.low, row.numel()))
+        if not kept.any():
+            return float("inf"), 0
+        value = row[kept].min()
+        return float(value), int(torch.nonzero(kept & (row == value)).max()) + 1
+
+    return np.array([cut(row) for row in logits.flatten(1)], CUT)
+
+
+def bytes_of(t: Tensor | None) -> np.ndarray | None:
+    """The memory of a tensor; bfloat16, which NumPy has not, as integers."""
+    if t is None:
+        return None
+    t = t.detach()
+    return (t.view(torch.int16) if t.element_size() == 2 else t).numpy()

@@ -39,7 +39,7 @@ void with_mode(const modmask::cuda::MaskParams& p, const F& f) {
       return f(std::integral_constant<MaskMode, MaskMode::kPlain>{});
     case MaskMode::kGeneral:
       return f(std::integral_constant<MaskMode, MaskMode::kGeneral>{});
-    case MaskMode::kGroups:
+    default:
       return f(std::integral_constant<MaskMode, MaskMode::kGroups>{});
   }
 }

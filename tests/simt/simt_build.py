@@ -17,7 +17,7 @@ SIMT = Path(__file__).parent
 CSRC = SIMT.parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
-SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
+SANITIZE = ("-O0", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
 def build(folder: Path, *flags: str) -> Path:
