@@ -128,7 +128,7 @@ class Build(BuildExtension):
         includes = [f"-isystem{path}" for path in include_paths()]
         includes.append(f"-isystem{sysconfig.get_paths()['include']}")
         host = [*self.cxx, "-std=c++17", *HOST_FLAGS, "-fPIC", "-DUSE_CUDA", *macros, *includes]
-        headers = [p for kind in ("common", "cuda") for p in Path("csrc", kind).glob("*.*h")]
+        headers = [p for kind in (".", "common", "cuda") for p in Path("csrc", kind).glob("*.*h")]
         changed = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
 
         def compiled(source: str) -> str:

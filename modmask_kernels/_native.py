@@ -154,12 +154,17 @@ def enabled() -> bool:
     return available() and FORCED_BACKEND != "reference"
 
 
-def cuda_enabled(device: torch.device) -> bool:
-    """Whether the CUDA kernels run on a CUDA device and are not ruled out by MODMASK_BACKEND.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cuda_loaded() -> bool:
+    """Whether the CUDA kernels load and are not ruled out by MODMASK_BACKEND.
 
-    To be asked below the dispatcher only: the first call loads a library, which no compiler traces.
+    Compilers take the answer as it is and do not trace how a library is loaded.
     """
+    return FORCED_BACKEND in (None, "cuda") and cuda_load_error() is None
+
+
+def cuda_unserved(device: torch.device) -> str | None:
+    """Why the CUDA kernels do not serve tensors of a CUDA device, or None where they do."""
     if FORCED_BACKEND not in (None, "cuda"):
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return cuda_problem(index) is None
+        return f"MODMASK_BACKEND={FORCED_BACKEND}"
+    return cuda_problem(torch.cuda.current_device() if device.index is None else device.index)

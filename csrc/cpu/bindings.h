@@ -1,23 +1,15 @@
-// Shared by the bindings of all operations: argument checks and the choice of the capability.
+// Shared by the CPU bindings of all operations: operands and the choice of the capability.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace modmask {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The table in use: the best one that this CPU supports, unless another one was asked for.
 const Kernels& active_kernels();
@@ -31,10 +23,6 @@ bool choose_capability(const char* name);
 // torch's own thread pool.
 Runner torch_runner();
 
-inline void check_float32(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
-}
-
 inline DType element_type(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
@@ -46,36 +34,6 @@ inline DType element_type(const Tensor& x) {
     default:
       STD_TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
   }
-}
-
-inline void check_same_type(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-}
-
-// Contiguous and uninitialised, on the device of `like`. Straight from the allocator: an operation
-// looked up by name costs several microseconds.
-inline Tensor empty_as(
-    int32_t dtype, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = step;
-    step *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  int32_t device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  AtenTensorHandle created;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device,
-      like.get_device_index(), &created));
-  return Tensor(created);
-}
-
-// The same with the dtype of `like`.
-inline Tensor empty_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_as(dtype, like, sizes);
 }
 
 // Keeps a contiguous copy of a tensor on the CPU alive for as long as its pointer is used. One
@@ -107,30 +65,6 @@ class Contiguous {
   std::optional<Tensor> tensor_;
 };
 
-// Whether logits [sets, ...] of so many dimensions are those of one set, expanded.
-inline bool are_shared(const Tensor& logits, int64_t dims) {
-  if (logits.dim() != dims || logits.size(0) < 2 || logits.stride(0) != 0) {
-    return false;
-  }
-  int64_t step = 1;
-  for (int64_t d = dims - 1; d > 0; step *= logits.size(d--)) {
-    if (logits.size(d) != 1 && logits.stride(d) != step) {
-      return false;
-    }
-  }
-  return true;
-}
-
-// How masks follow from logits and noise, as the schemas say it.
-struct EstimatorArguments {
-  int64_t code;
-  double low;
-  double high;
-  double clamp;
-  bool antithetic;
-};
-
-// `seed` is int64, of shape [], [sets] or [sets, draws], or absent where there is no noise.
 inline MaskSpec mask_spec(
     const std::optional<Tensor>& seed,
     const Contiguous& seed_data,
@@ -142,31 +76,10 @@ inline MaskSpec mask_spec(
     double tau,
     bool hard,
     const EstimatorArguments& estimator = {}) {
-  STD_TORCH_CHECK(estimator.code >= 0 && estimator.code <= 4, "estimator must be from 0 to 4");
-  MaskSpec spec{};
-  if (seed.has_value()) {
-    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64");
-    STD_TORCH_CHECK(
-        seed->dim() == 0 || (seed->dim() <= 2 && seed->size(0) == sets),
-        "seed must have shape [] or [sets] with sets = ", sets);
-    spec.seeds = static_cast<const int64_t*>(seed_data.data());
-    spec.draws = seed->dim() == 2 ? seed->size(1) : 1;
-    STD_TORCH_CHECK(spec.draws > 0, "seed must not be empty");
-    spec.seed_stride = seed->dim() == 0 ? 0 : spec.draws;
-  }
-  spec.sets = sets;
-  spec.samples = seed.has_value() ? spec.draws * samples : 1;
-  spec.sample_offset = sample_offset;
-  spec.element_offset = element_offset;
-  spec.tensor_id = tensor_id;
-  spec.tau = static_cast<float>(tau);
+  MaskSpec spec = drawn_masks<MaskSpec>(
+      seed, static_cast<const int64_t*>(seed_data.data()), sets, samples, tensor_id, sample_offset,
+      element_offset, tau, estimator);
   spec.hard = hard;
-  spec.estimator = static_cast<Estimator>(estimator.code);
-  spec.low = static_cast<float>(estimator.low);
-  spec.high = static_cast<float>(estimator.high);
-  spec.least_u = static_cast<float>(estimator.clamp);
-  spec.most_u = static_cast<float>(1.0 - estimator.clamp);
-  spec.antithetic = estimator.antithetic;
   return spec;
 }
 
@@ -218,25 +131,6 @@ class CutStore {
   std::vector<Cut> cuts_[kMost];
   Cuts of_tensor_[kMost];
 };
-
-// n of every m weights, of a parameter with `inputs` in its dimension 1, `after` weights for each.
-inline void keep_n_of_m(
-    LogitLayout& layout,
-    const std::vector<int64_t>& n_of_m,
-    int64_t inputs,
-    int64_t after,
-    const EstimatorArguments& estimator) {
-  const int64_t n = n_of_m[0], m = n_of_m.size() == 2 ? n_of_m[1] : 0;
-  STD_TORCH_CHECK(
-      0 < n && n <= m && inputs % m == 0,
-      "n_of_m must be n and m, where m divides the inputs of weight");
-  STD_TORCH_CHECK(
-      estimator.code == static_cast<int64_t>(Estimator::kGumbelSigmoid),
-      "n_of_m needs the estimator gumbel_sigmoid");
-  layout.keep = n;
-  layout.among = m;
-  layout.stride = after;
-}
 
 // Which weights each logit covers, by the shapes of both and by (n, m), which may be empty. Keeps
 // what `layout` points into.

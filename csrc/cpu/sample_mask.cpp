@@ -9,16 +9,11 @@ namespace modmask {
 
 namespace {
 
-// With a seed per set, the first dimension of the logits is the sets; else there is one set.
-bool has_sets(const std::optional<Tensor>& seed) {
-  return seed.has_value() && seed->dim() > 0;
-}
-
 struct SampleArguments {
+  SampleShape shape;
   Contiguous logits, seed;
   CutStore cuts;
   MaskSpec spec;
-  int64_t count;  // of each set
 
   SampleArguments(
       const Tensor& logits_,
@@ -31,27 +26,15 @@ struct SampleArguments {
       bool hard,
       const EstimatorArguments& estimator,
       const std::vector<int64_t>& n_of_m)
-      : logits(logits_, has_sets(seed_) && are_shared(logits_, logits_.dim())), seed(seed_) {
-    check_float32(logits_, "logits");
-    const bool per_set = has_sets(seed_);
-    const int64_t sets = per_set ? seed_->size(0) : 1;
-    STD_TORCH_CHECK(
-        !per_set || (logits_.dim() > 0 && logits_.size(0) == sets),
-        "logits must be [sets, ...] where seed is [sets]");
+      : shape(logits_, seed_), logits(logits_, shape.shared), seed(seed_) {
     spec = mask_spec(
-        seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
-    count = sets > 0 ? logits_.numel() / sets : 0;
-    spec.shared = per_set && are_shared(logits_, logits_.dim());
-    spec.tensor_id = cuts.add(spec, estimator, tensor_id, logits.floats(), count, spec.shared);
+        seed_, seed, shape.sets, samples, tensor_id, sample_offset, element_offset, tau, hard,
+        estimator);
+    spec.shared = shape.shared;
+    spec.tensor_id =
+        cuts.add(spec, estimator, tensor_id, logits.floats(), shape.count, spec.shared);
     if (!n_of_m.empty()) {
-      const int64_t inputs_at = per_set ? 2 : 1;
-      STD_TORCH_CHECK(
-          hard && logits_.dim() > inputs_at, "n_of_m needs hard masks of logits [out, in, ...]");
-      int64_t after = 1;
-      for (int64_t d = inputs_at + 1; d < logits_.dim(); ++d) {
-        after *= logits_.size(d);
-      }
-      keep_n_of_m(spec.layout, n_of_m, logits_.size(inputs_at), after, estimator);
+      shape.keep_n_of_m(spec.layout, logits_, n_of_m, hard, estimator);
     }
   }
 };
@@ -74,14 +57,10 @@ Tensor sample_mask(
   const SampleArguments a(
       logits, seed, samples, tensor_id, sample_offset, element_offset, tau, hard,
       {estimator, low, high, clamp, antithetic}, n_of_m);
-  std::vector<int64_t> shape{a.spec.samples};
-  for (int64_t d = 0; d < logits.dim(); ++d) {
-    shape.push_back(logits.size(d));
-  }
-  Tensor values = empty_like(logits, shape);
+  Tensor values = empty_like(logits, a.shape.of_values(logits, a.spec.samples));
   if (values.numel() > 0) {
     active_kernels().sample_values(
-        a.spec, a.logits.floats(), a.count, static_cast<float*>(values.mutable_data_ptr()),
+        a.spec, a.logits.floats(), a.shape.count, static_cast<float*>(values.mutable_data_ptr()),
         torch_runner());
   }
   return values;
@@ -103,15 +82,10 @@ Tensor sample_mask_packed(
   const SampleArguments a(
       logits, seed, samples, tensor_id, sample_offset, element_offset, 1.0, true,
       {estimator, low, high, clamp, antithetic}, n_of_m);
-  std::vector<int64_t> shape{a.spec.samples};
-  if (has_sets(seed)) {
-    shape.push_back(a.spec.sets);
-  }
-  shape.push_back((a.count + 7) / 8);
-  Tensor bits = torch::stable::new_empty(logits, shape, ScalarType::Byte);
+  Tensor bits = torch::stable::new_empty(logits, a.shape.of_bits(a.spec.samples), ScalarType::Byte);
   if (bits.numel() > 0) {
     active_kernels().sample_bits(
-        a.spec, a.logits.floats(), a.count, static_cast<uint8_t*>(bits.mutable_data_ptr()),
+        a.spec, a.logits.floats(), a.shape.count, static_cast<uint8_t*>(bits.mutable_data_ptr()),
         torch_runner());
   }
   return bits;
@@ -142,7 +116,7 @@ Tensor sample_mask_backward(
     torch::stable::zero_(dlogits);
   } else if (dlogits.numel() > 0) {
     active_kernels().sample_backward(
-        a.spec, a.logits.floats(), d_data.floats(), a.count,
+        a.spec, a.logits.floats(), d_data.floats(), a.shape.count,
         static_cast<float*>(dlogits.mutable_data_ptr()), torch_runner());
   }
   return dlogits;

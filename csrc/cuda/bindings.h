@@ -2,21 +2,14 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
 
+#include "../arguments.h"
 #include "launch.h"
 
 namespace modmask::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The device of a tensor, made the current one, and torch's current stream there.
 class Place {
@@ -50,13 +43,18 @@ class Place {
 // Keeps an operand alive as the kernels read it, contiguous and at a multiple of 16 bytes.
 class Operand {
  public:
-  Operand(const Place& place, const std::optional<Tensor>& t, const char* name) : tensor_(t) {
+  // `as_it_is`: of a tensor whose values lie as they should.
+  Operand(
+      const Place& place, const std::optional<Tensor>& t, const char* name, bool as_it_is = false)
+      : tensor_(t) {
     if (!t.has_value()) {
       return;
     }
     place.check(*t, name);
-    tensor_ = torch::stable::contiguous(*t);
-    if (reinterpret_cast<uintptr_t>(data<void>()) % 16 != 0) {
+    if (!as_it_is) {
+      tensor_ = torch::stable::contiguous(*t);
+    }
+    if (!as_it_is && reinterpret_cast<uintptr_t>(data<void>()) % 16 != 0) {
       tensor_ = torch::stable::clone(*tensor_);
     }
   }
@@ -70,5 +68,10 @@ class Operand {
  private:
   std::optional<Tensor> tensor_;
 };
+
+template <typename T>
+T* results(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 
 }  // namespace modmask::cuda

@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "device.cuh"
 #include "launch.h"
@@ -44,6 +45,19 @@ void launch(
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, p), name);
+}
+
+// Calls f(integral_constant<MaskMode>) with the mode of these masks.
+template <typename F>
+void with_mode(const MaskParams& p, const F& f) {
+  switch (mode_of(p)) {
+    case MaskMode::kPlain:
+      return f(std::integral_constant<MaskMode, MaskMode::kPlain>{});
+    case MaskMode::kGeneral:
+      return f(std::integral_constant<MaskMode, MaskMode::kGeneral>{});
+    default:
+      return f(std::integral_constant<MaskMode, MaskMode::kGroups>{});
+  }
 }
 
 }  // namespace modmask::cuda

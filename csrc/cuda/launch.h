@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "mask_params.h"
+
 struct CUstream_st;
 
 namespace modmask::cuda {
@@ -19,5 +21,24 @@ const char* problem();
 
 // bits: [ceil(count / 8)]; mask: 0 or 1
 void launch_pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits, Stream stream);
+
+// logits: [sets, count], or [count] where the sets share them. Values and their gradients are
+// [samples, sets, count], bits [samples, sets, ceil(count / 8)]; neither is empty.
+void launch_sample_bits(
+    const MaskParams& mask, const float* logits, int64_t count, uint8_t* bits, Stream stream);
+void launch_sample_values(
+    const MaskParams& mask,
+    const float* logits,
+    int64_t count,
+    bool hard,
+    float* values,
+    Stream stream);
+void launch_sample_backward(
+    const MaskParams& mask,
+    const float* logits,
+    int64_t count,
+    const float* dvalues,
+    float* dlogits,
+    Stream stream);
 
 }  // namespace modmask::cuda

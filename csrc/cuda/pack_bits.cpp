@@ -13,9 +13,7 @@ Tensor pack_bits(Tensor mask) {
   const int64_t count = mask.numel();
   Tensor bits = torch::stable::new_empty(mask, {(count + 7) / 8}, ScalarType::Byte);
   if (count > 0) {
-    launch_pack_bits(
-        data.data<uint8_t>(), count, static_cast<uint8_t*>(bits.mutable_data_ptr()),
-        place.stream());
+    launch_pack_bits(data.data<uint8_t>(), count, results<uint8_t>(bits), place.stream());
   }
   return bits;
 }

@@ -37,6 +37,11 @@ def define(schema: str, reference: Callable[..., Any]) -> None:
         LIBRARY.impl(name, reference, "CPU")  # type: ignore[no-untyped-call]
 
 
+def implement(name: str, device: str, function: Callable[..., Any]) -> None:
+    """Let `function` serve an operation on tensors of a device type, "CUDA" for instance."""
+    LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
+
+
 def define_on_cuda(schema: str) -> None:
     """Define `modmask::<schema>`, which only the CUDA library serves, behind another operation."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

@@ -23,6 +23,9 @@ class Budget(NamedTuple):
 # by kernel; those with template arguments share one line
 BUDGETS = {
     "pack_bits": Budget(32, wide=True),
+    "sample_backward": Budget(80, wide=True),
+    "sample_bits": Budget(104, wide=True),
+    "sample_values": Budget(104, wide=True),
 }
 
 

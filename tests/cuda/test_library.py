@@ -87,6 +87,15 @@ class TestLoading:
         done = self.run(installed, "-c", code)
         assert done.returncode == 0, done.stderr
 
+    def test_loading_is_not_traced(self, installed: Path) -> None:
+        code = (
+            "import torch; from modmask_kernels import _native; "
+            "f = lambda x: x + _native.cuda_loaded(); "
+            "print(torch.compile(f, fullgraph=True, backend='eager')(torch.zeros(1)).item())"
+        )
+        done = self.run(installed, "-c", code)
+        assert done.stdout.strip() == "1.0", done.stderr
+
     def test_a_load_error_is_kept_and_the_rest_works(self, installed: Path, tmp_path: Path) -> None:
         """As with a PyTorch without CUDA, which lacks a symbol."""
         for file in (installed / "modmask_kernels").rglob("*"):

@@ -12,7 +12,7 @@ from ... import _native
 from .. import _batching, _check, _library, estimators
 from .._masked_product import check_hard
 from ..estimators import Estimator
-from . import reference
+from . import gpu, reference
 
 
 def _values_reference(
@@ -83,20 +83,17 @@ def _each_by_itself(arguments: Sequence[Any]) -> bool:
 _WHERE = (
     f"int tensor_id, SymInt sample_offset, SymInt element_offset, {estimators.SCHEMA}, int[] n_of_m"
 )
-_library.define(
+_SCHEMAS: dict[str, Callable[..., Tensor]] = {
     "sample_mask(Tensor logits, Tensor? seed, int samples, float tau, bool hard, "
-    f"{_WHERE}) -> Tensor",
-    _values_reference,
-)
-_library.define(
-    f"sample_mask_packed(Tensor logits, Tensor? seed, int samples, {_WHERE}) -> Tensor",
-    _packed_reference,
-)
-_library.define(
+    f"{_WHERE}) -> Tensor": _values_reference,
+    "sample_mask_packed(Tensor logits, Tensor? seed, int samples, "
+    f"{_WHERE}) -> Tensor": _packed_reference,
     "sample_mask_backward(Tensor dvalues, Tensor logits, Tensor? seed, int samples, float tau, "
-    f"{_WHERE}) -> Tensor",
-    _backward_reference,
-)
+    f"{_WHERE}) -> Tensor": _backward_reference,
+}
+for _schema, _reference in _SCHEMAS.items():
+    _library.define(_schema, _reference)
+    gpu.serve(_schema, _reference)
 _library.define_on_cuda("pack_bits_cuda(Tensor mask) -> Tensor")
 
 
@@ -179,11 +176,11 @@ def _check_arguments(
 
 
 def _fused(logits: Tensor) -> bool:
-    return (
-        logits.device.type in ("cpu", "meta")
-        and logits.dtype == torch.float32
-        and _native.enabled()
-    )
+    if logits.dtype != torch.float32:
+        return False
+    if logits.is_cuda:
+        return bool(_native.cuda_loaded())
+    return logits.device.type in ("cpu", "meta") and _native.enabled()
 
 
 def sample_mask(
@@ -311,7 +308,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or of integers, not {mask.dtype}: use mask > 0")
     kept = mask != 0
-    if kept.is_cuda and not _library.traced() and _native.cuda_enabled(kept.device):
+    if kept.is_cuda and not _library.traced() and _native.cuda_unserved(kept.device) is None:
         bits: Tensor = torch.ops.modmask.pack_bits_cuda(kept)
         return bits
     flat = kept.reshape(-1).to(torch.uint8)
