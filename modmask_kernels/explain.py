@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .nn import MaskedAny, MaskedModule, SelectAny, SelectModule
+from .nn import (
+    MaskedAny,
+    MaskedLinear,
+    MaskedModule,
+    MaskedMultiheadAttention,
+    SelectAny,
+    SelectModule,
+)
 from .nn.masked_transposed import InsOuts
 from .ops._blocks import scaled_side
 from .ops.masked_linear import explain as explain_product
+from .ops.masked_linear import gpu
 
 
 def explain(subject: nn.Module | Tensor) -> str:
@@ -49,6 +57,10 @@ def _explain_layer(module: MaskedModule) -> tuple[str, str]:
     name = module.masked[0]
     parameter, logits = module.get_parameter(name), module.logits_of(name)
     backend, reason = explain_product(parameter)
+    if parameter.is_cuda and isinstance(module, (MaskedLinear, MaskedMultiheadAttention)):
+        backend, reason = gpu.explain(
+            parameter, logits, module.samples, module.estimator, module.n_of_m(name)
+        )
     if logits.shape[1:] == parameter.shape:
         return backend, reason
     if isinstance(module, InsOuts):

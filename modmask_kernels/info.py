@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 
 import torch
 
 from . import __version__, _native
+from .ops import _gpu
 
 
 def lines() -> list[tuple[str, str]]:
@@ -25,10 +27,11 @@ def lines() -> list[tuple[str, str]]:
         pairs.append(("CPU kernels", _native.LOAD_ERROR or "absent"))
     pairs.append(("CUDA kernels", _cuda()))
     pairs.extend((f"cuda:{index}", text) for index, text in enumerate(_cuda_devices()))
-    pairs.append(("Triton kernels", "not part of this version"))
+    pairs.append(("Triton kernels", _triton()))
     pairs.append(("reference", "always there, plain PyTorch on any device"))
     pairs.append(("MODMASK_BACKEND", _native.FORCED_BACKEND or "not set"))
     pairs.append(("MODMASK_CPU_CAPABILITY", _native.WANTED_CAPABILITY or "not set"))
+    pairs.append(("MODMASK_GPU_MASKS", _gpu.FORCED_SOURCE or "not set"))
     return pairs
 
 
@@ -38,6 +41,11 @@ def _cuda() -> str:
         return error
     device = "" if torch.cuda.is_available() else "; there is no CUDA device here"
     return f"loaded, built with CUDA {_native.cuda_toolkit()}{device}"
+
+
+def _triton() -> str:
+    reason = _gpu.absent()
+    return f"Triton {importlib.metadata.version('triton')}" if reason is None else reason
 
 
 def _cuda_devices() -> list[str]:

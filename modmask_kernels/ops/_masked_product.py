@@ -127,11 +127,32 @@ class MaskedProduct:
             f"{name}_backward", _batching.product_backward
         )
         self._eager = self._make_function()
+        self._unserved_on_gpu: Callable[..., str | None] | None = None
+
+    def on_gpu(
+        self,
+        unserved: Callable[..., str | None],
+        forward: Callable[..., Tensor],
+        backward: Callable[..., tuple[Tensor, ...]],
+    ) -> None:
+        """Let kernels serve the operation on CUDA tensors, except where `unserved` says why not."""
+        self._unserved_on_gpu = unserved
+        _library.implement(self.name, "CUDA", forward)
+        _library.implement(f"{self.name}_backward", "CUDA", backward)
+
+    def unserved(self, *arguments: Any) -> str | None:
+        """Why no kernel serves these arguments and the reference does, or None."""
+        x = arguments[0]
+        if uses_kernel(x):
+            return None
+        if x.is_cuda and self._unserved_on_gpu is not None:
+            return self._unserved_on_gpu(*arguments)
+        return explain(x)[1]
 
     def __call__(self, *arguments: Any) -> Tensor:
         """The operation, by the quickest way that serves the first argument, x."""
         y: Tensor
-        if not uses_kernel(arguments[0]):
+        if not uses_kernel(arguments[0]) and self.unserved(*arguments) is not None:
             y = self.reference(*arguments)
         elif _library.traced():
             y = self._traced(*arguments)
@@ -142,7 +163,7 @@ class MaskedProduct:
         return y
 
     def quick(self, *arguments: Any) -> Tensor | None:
-        """The operation on the compiled kernels, which check the arguments too, only tersely.
+        """The operation on the compiled CPU kernels, which check the arguments too, only tersely.
 
         Returns:
             None where there is no such kernel, or where an argument does not fit or the logits are
@@ -157,15 +178,14 @@ class MaskedProduct:
         ):
             return None
         try:
-            if arguments[2].numel() < arguments[1].numel():
+            if not arguments[0].is_cpu or arguments[2].numel() < arguments[1].numel():
                 return None  # maybe a plain product does
             if arguments[5] is not None and arguments[5].dim() > 1:
                 return None  # draws of the batching rules, of no use to others
             call = self._eager if torch.is_grad_enabled() else self._below_autograd
-            y = call(*arguments)
+            return call(*arguments)
         except (RuntimeError, TypeError, AttributeError):
             return None
-        return y if y.is_cpu else None  # all on the meta device
 
     def _below_autograd(self, *arguments: Any) -> Tensor:
         # the registered gradient looks at every call, even of one that needs none

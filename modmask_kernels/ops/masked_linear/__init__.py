@@ -20,7 +20,7 @@ from .._masked_product import (
 )
 from .._scaled import scaled_product
 from ..estimators import Estimator
-from . import reference
+from . import gpu, reference
 
 __all__ = ["explain", "masked_linear"]
 
@@ -30,6 +30,7 @@ def _shape(x: Tensor, weight: Tensor, *_: Any) -> tuple[int, ...]:
 
 
 product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
+product.on_gpu(gpu.unserved, gpu.forward, gpu.backward)
 
 
 def _check_arguments(

@@ -1,0 +1,180 @@
+"""GPU kernels: whether they can run, what a device does per second, where masks come from.
+
+A masked product on a GPU takes its masks from packed bits, drawn beforehand by a kernel of its own,
+or draws them anew in every tile of the product. `choose` decides by the time that a model predicts
+from counted bytes, operations and instructions and from the ceilings of the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .. import _native
+
+# asked without importing it, which takes longer than all of this package
+TRITON_ERROR: str | None = (
+    None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+)
+"""Why the Triton kernels are absent, or None."""
+if _native.FORCED_BACKEND == "triton" and TRITON_ERROR is not None:
+    raise RuntimeError(f"MODMASK_BACKEND=triton, but {TRITON_ERROR}")
+
+SOURCES = ("bits", "regenerate")
+
+
+def _forced_by_environment() -> str | None:
+    value = os.environ.get("MODMASK_GPU_MASKS", "")
+    if value and value not in SOURCES:
+        raise ValueError(f"MODMASK_GPU_MASKS must be one of {', '.join(SOURCES)}, not {value!r}")
+    return value or None
+
+
+FORCED_SOURCE: str | None = _forced_by_environment()
+"""Where MODMASK_GPU_MASKS wants masks to come from, or None."""
+
+
+def absent() -> str | None:
+    """Why no Triton kernel runs in this process, or None."""
+    if _native.FORCED_BACKEND not in (None, "triton"):
+        return f"MODMASK_BACKEND={_native.FORCED_BACKEND}"
+    return TRITON_ERROR
+
+
+class Device(NamedTuple):
+    """Ceilings of a device, from its maker's data sheet.
+
+    Attributes:
+        bandwidth: of device memory, bytes per second.
+        lanes: instructions of single lanes per second: processors * 128 * clock.
+        dense: products of matrices without sparsity, operations per second, of two-byte numbers,
+            TF32 and float32.
+    """
+
+    name: str
+    bandwidth: float
+    lanes: float
+    dense: tuple[float, float, float]
+
+    def products(self, element_size: int, tf32: bool) -> float:
+        """Operations per second of a product in a dtype."""
+        return self.dense[0 if element_size == 2 else 1 if tf32 else 2]
+
+
+DEVICES = (
+    Device("A100", 2.039e12, 108 * 128 * 1.41e9, (312e12, 156e12, 19.5e12)),
+    Device("H100", 3.35e12, 132 * 128 * 1.83e9, (989e12, 494e12, 67e12)),
+    Device("H200", 4.8e12, 132 * 128 * 1.83e9, (989e12, 494e12, 67e12)),
+    Device("B200", 8.0e12, 148 * 128 * 1.85e9, (2250e12, 1125e12, 75e12)),
+)
+
+
+@functools.lru_cache
+def device_of(index: int) -> Device:
+    """The description of a CUDA device; one that is not listed is taken for an A100 by its size."""
+    properties = torch.cuda.get_device_properties(index)
+    for device in DEVICES:
+        if device.name in properties.name:
+            return device
+    like = DEVICES[0]
+    share = properties.multi_processor_count / 108
+    return Device(
+        properties.name,
+        like.bandwidth * share,
+        like.lanes * share,
+        (like.dense[0] * share, like.dense[1] * share, like.dense[2] * share),
+    )
+
+
+# Instructions per weight and tile beyond those of a plain product, and per weight and mask where
+# packed: docs/results/gpu/instructions.json, sm_90, rounded up.
+UNPACK = 4.0
+REGENERATE = 41.0
+PACK = 30.0
+LAUNCH = 3e-6  # seconds, of one more kernel
+SHARE = 0.7  # of the ceilings that kernels reach
+
+
+class Product(NamedTuple):
+    """Sizes of a masked product, forward or of the gradient of x.
+
+    `tile`: rows of x that share the tile of a masked weight.
+    """
+
+    sets: int
+    per_set: int
+    rows: int
+    outputs: int
+    inputs: int
+    element_size: int
+    tile: int = 128
+    tf32: bool = False
+    hard: bool = True
+    quads: bool = True
+
+
+class Choice(NamedTuple):
+    """Where masks come from, why, and the seconds predicted for either source."""
+
+    source: str
+    reason: str
+    seconds: dict[str, float]
+
+
+def predict(p: Product, device: Device) -> dict[str, float]:
+    """Seconds of a masked product by the source of its masks, drawing included.
+
+    Memory and arithmetic overlap, the larger counts; the instructions that make the operand of a
+    matrix unit come before it and add to it. Every row tile of a group makes its operand anew.
+    """
+    weights = p.outputs * p.inputs
+    groups = p.sets * p.per_set
+    tiles = groups * math.ceil(p.rows / p.tile)
+    rate = device.products(p.element_size, p.tf32)
+    operations = 2 * tiles * p.tile * weights / rate
+    rows = groups * p.rows * (p.inputs + p.outputs)
+    elements = (weights + rows) * p.element_size
+    bits = groups * weights / 8
+    logits = 4 * p.sets * weights
+    noise = REGENERATE if p.quads else 1.5 * REGENERATE
+
+    def seconds(traffic: float, instructions: float, matrix: float) -> float:
+        arithmetic = instructions / device.lanes + matrix
+        return max(traffic / device.bandwidth, arithmetic) / SHARE + LAUNCH
+
+    pack = seconds(logits + bits, PACK * groups * weights, 0.0)
+    return {
+        "bits": pack + seconds(elements + bits, UNPACK * tiles * weights, operations),
+        "regenerate": seconds(elements + logits, noise * tiles * weights, operations),
+    }
+
+
+def choose(p: Product, device: Device, forced: str | None = FORCED_SOURCE) -> Choice:
+    """Where the masks of a product come from: a pure function of sizes and device."""
+    seconds = predict(p, device)
+    if not p.hard:
+        return Choice("regenerate", "soft masks have no bits", seconds)
+    if forced is not None:
+        return Choice(forced, f"MODMASK_GPU_MASKS={forced}", seconds)
+    source = min(SOURCES, key=seconds.__getitem__)
+    times = ", ".join(f"{name} {1e6 * seconds[name]:.0f} us" for name in SOURCES)
+    return Choice(source, f"predicted for {device.name}: {times}", seconds)
+
+
+def crossover(of_rows: Callable[[int], Product], device: Device) -> int:
+    """The most rows of a group, a power of two, that have masks regenerated; 0 if none have.
+
+    `of_rows`: the product by the rows of its groups.
+    """
+    most = 0
+    for rows in (2**i for i in range(15)):
+        if choose(of_rows(rows), device, None).source != "regenerate":
+            break
+        most = rows
+    return most

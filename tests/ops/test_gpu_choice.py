@@ -1,0 +1,138 @@
+"""Where masked products on a GPU take their masks from: a model of sizes and device, no GPU."""
+
+import pytest
+import torch
+from fresh import run_python
+
+from modmask_kernels import _native
+from modmask_kernels.ops import _gpu
+from modmask_kernels.ops._gpu import DEVICES, Product, choose, crossover, predict
+
+H100 = next(d for d in DEVICES if d.name == "H100")
+LARGE = Product(1, 4, 2048, 4096, 4096, 2)
+
+
+def test_many_rows_take_packed_masks():
+    for device in DEVICES:
+        choice = choose(LARGE, device, None)
+        assert choice.source == "bits"
+        assert device.name in choice.reason
+        assert choice.seconds["bits"] < choice.seconds["regenerate"]
+
+
+def test_few_rows_of_a_small_weight_draw_in_the_product():
+    for device in DEVICES:
+        small = Product(1, 4, 8, 256, 256, 2, tile=16)
+        assert choose(small, device, None).source == "regenerate"
+
+
+def test_there_is_one_crossover():
+    for device in DEVICES:
+        sources = [
+            choose(LARGE._replace(rows=2**i, outputs=512, inputs=512), device, None).source
+            for i in range(15)
+        ]
+        assert sources == sorted(sources, reverse=True)
+        most = crossover(lambda rows: LARGE._replace(rows=rows, outputs=512, inputs=512), device)
+        assert most == (0 if sources[0] == "bits" else 2 ** (sources.count("regenerate") - 1))
+
+
+def test_soft_masks_have_no_bits():
+    choice = choose(LARGE._replace(hard=False), H100, "bits")
+    assert choice.source == "regenerate"
+    assert "soft" in choice.reason
+
+
+def test_forced():
+    for source in _gpu.SOURCES:
+        assert choose(LARGE, H100, source)[:2] == (source, f"MODMASK_GPU_MASKS={source}")
+
+
+def test_the_prediction_counts_what_it_says():
+    """Without arithmetic time is traffic: the weight once, logits or bits, x and y."""
+    free = H100._replace(lanes=1e30, dense=(1e30,) * 3)
+    p = Product(2, 3, 5, 64, 128, 2)
+    weights, rows = 64 * 128, 6 * 5 * (64 + 128)
+    logits, bits = 4 * 2 * weights, 6 * weights / 8
+    scale = 1 / H100.bandwidth / _gpu.SHARE
+    seconds = predict(p, free)
+    launch = _gpu.LAUNCH
+    assert seconds["regenerate"] == pytest.approx((2 * (weights + rows) + logits) * scale + launch)
+    assert seconds["bits"] == pytest.approx(
+        (2 * (weights + rows) + 2 * bits + logits) * scale + 2 * launch
+    )
+    # without traffic it is instructions and products, of whole tiles
+    free = H100._replace(bandwidth=1e30)
+    busy = 6 * weights * (_gpu.REGENERATE / H100.lanes + 2 * 128 / H100.dense[0])
+    assert predict(p, free)["regenerate"] == pytest.approx(busy / _gpu.SHARE + launch)
+    assert predict(p._replace(quads=False), free)["regenerate"] > predict(p, free)["regenerate"]
+
+
+def test_products_by_dtype():
+    assert [H100.products(2, False), H100.products(4, True), H100.products(4, False)] == list(
+        H100.dense
+    )
+
+
+@pytest.mark.parametrize("value", ["bits", "regenerate", "both"])
+def test_environment(value):
+    done = run_python(
+        "-c",
+        "from modmask_kernels.ops import _gpu; print(_gpu.FORCED_SOURCE)",
+        MODMASK_GPU_MASKS=value,
+    )
+    if value == "both":
+        assert "MODMASK_GPU_MASKS must be one of bits, regenerate, not 'both'" in done.stderr
+    else:
+        assert done.stdout.split() == [value], done.stderr
+
+
+def test_a_forced_backend_leaves_gpus_to_the_reference(monkeypatch):
+    monkeypatch.setattr(_native, "FORCED_BACKEND", "reference")
+    assert _gpu.absent() == "MODMASK_BACKEND=reference"
+
+
+def test_triton_is_not_imported_with_the_package():
+    code = "import sys, modmask_kernels; print('triton' in sys.modules)"
+    before = "import sys, torch; print('triton' in sys.modules)"
+    alone, together = (run_python("-c", c).stdout.split() for c in (before, code))
+    assert together == alone
+
+
+def test_the_package_works_without_triton():
+    code = """
+import importlib.util, sys
+sys.modules["triton"] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, modmask_kernels as mm
+from modmask_kernels.ops import _gpu
+x, w = torch.randn(4, 3), torch.randn(5, 3)
+mm.ops.masked_linear(x, w, torch.zeros(5, 3), seed=torch.tensor(1), samples=2)
+print(_gpu.absent())
+"""
+    done = run_python("-c", code)
+    assert done.stdout.splitlines() == ["Triton is not installed"], done.stderr
+
+
+@pytest.mark.skipif(_gpu.TRITON_ERROR is not None, reason="Triton is not installed")
+def test_explain_a_layer():
+    from modmask_kernels.ops import estimators
+    from modmask_kernels.ops.masked_linear import gpu
+
+    weight, logits = torch.empty(512, 512, dtype=torch.bfloat16), torch.empty(1, 512, 512)
+    backend, why = gpu.explain(weight, logits, 4, estimators.gumbel_sigmoid(), device=H100)
+    assert backend == "triton"
+    assert "up to" in why
+    assert "H100" in why
+    large = torch.empty(8192, 8192, dtype=torch.bfloat16)
+    _, why = gpu.explain(
+        large, torch.empty(1, 8192, 8192), 4, estimators.gumbel_sigmoid(), device=H100
+    )
+    assert why.startswith("masks packed, then multiplied")
+    backend, why = gpu.explain(weight, logits, 4, estimators.top_k(), device=H100)
+    assert (backend, why) == ("reference", "no GPU kernel for the estimator top_k")
+    backend, why = gpu.explain(
+        weight, logits, 4, estimators.gumbel_sigmoid(), n_of_m=(2, 4), device=H100
+    )
+    assert (backend, why) == ("reference", "no GPU kernel for n_of_m")

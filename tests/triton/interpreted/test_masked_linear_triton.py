@@ -1,0 +1,148 @@
+"""`masked_linear` through the Triton kernels in Triton's interpreter, and what chooses for them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_masked_linear import NAMES, Case, apply, check
+
+from modmask_kernels import ops
+from modmask_kernels.ops import _gpu, estimators
+from modmask_kernels.ops.masked_linear import gpu
+
+pytestmark = pytest.mark.usefixtures("on_triton")
+SMALL = Case(rows=3, inputs=37, outputs=19)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=_gpu.SOURCES)
+def source(request, monkeypatch):
+    choose = _gpu.choose
+    monkeypatch.setattr(_gpu, "choose", lambda p, device: choose(p, device, request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype, source):
+    check(replace(SMALL, dtype=dtype, inputs=40))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sets": 1, "samples": 3},
+        {"sets": 3, "samples": 1},
+        {"seeds": "one"},
+        {"seeds": None},
+        {"masked_bias": False},
+        {"shape": (2,), "rows": 1},
+        {"options": {"element_offset": 6}},
+        {"options": {"element_offset": 2**33 + 4}, "inputs": 36},
+        {"options": {"sample_offset": 3, "antithetic": True}},
+        {"options": {"tensor_id": 2**32 - 2, "bias_tensor_id": 17}},
+        {"options": {"tau": 0.6}},
+    ],
+    ids=str,
+)
+def test_options(change, source):
+    check(replace(SMALL, **change))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hard": False},
+        {"hard": False, "tau": 0.6, "antithetic": True},
+        {"hard": False, "estimator": estimators.hard_concrete(), "tau": 2 / 3},
+        {"hard": False, "estimator": estimators.hard_concrete(clamp=0.05)},
+        {"estimator": estimators.hard_concrete()},
+        {"estimator": estimators.sigmoid(), "hard": False},
+        {"estimator": estimators.threshold(0.1)},
+    ],
+    ids=str,
+)
+def test_soft_masks_and_estimators(options):
+    check(replace(SMALL, options=options, sets=1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 1, 1), (17, 64, 33), (64, 5, 64), (2, 63, 1), (1, 3, 40), (33, 31, 32)],
+)
+def test_sizes(rows, inputs, outputs, source):
+    check(Case(rows=rows, inputs=inputs, outputs=outputs, sets=1, samples=2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_gradient_alone(name):
+    together = check(SMALL)
+    assert torch.equal(check(SMALL, wanted=[name])[name], together[name])
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_sizes_of_zero(rows, inputs, outputs):
+    check(Case(rows=rows, inputs=inputs, outputs=outputs))
+
+
+@pytest.mark.parametrize("inputs", [37, 40, 64])
+def test_the_masks_of_the_cpu(inputs, source):
+    """With ones for weights and a unit matrix for x, y is the mask."""
+    case = replace(SMALL, inputs=inputs, masked_bias=False, options={"element_offset": 4})
+    tensors = case.tensors()
+    tensors.update(
+        x=torch.eye(inputs).repeat(case.groups(), 1),
+        weight=torch.ones_like(tensors["weight"]),
+        bias=None,
+        bias_logits=None,
+    )
+    y = ops.masked_linear(**tensors, **case.draw()).view(case.sets, case.samples, inputs, -1)
+    drawn = ops.sample_mask(tensors["logits"], **case.draw())
+    assert torch.equal(y.transpose(2, 3).transpose(0, 1), drawn)
+
+
+def test_sets_that_share_logits():
+    """Of logits expanded over sets, which are read where they lie."""
+    case = replace(SMALL, sets=2)
+    tensors = case.tensors()
+    for name in ("logits", "bias_logits"):
+        tensors[name] = tensors[name][:1].expand(2, *tensors[name].shape[1:])
+    check(case, tensors=tensors)
+
+
+def test_several_seeds_of_a_set():
+    """vmap over seeds: draws of a set."""
+    case = replace(SMALL, sets=1, samples=2)
+    t = case.tensors()
+    seeds = torch.tensor([3, 4])
+    arguments = (t["x"], t["weight"], t["logits"], t["bias"], t["bias_logits"])
+
+    def of(seed):
+        return ops.masked_linear(*arguments, seed=seed, samples=2)
+
+    assert torch.equal(torch.vmap(of)(seeds), torch.stack([of(s) for s in seeds]))
+
+
+def test_tensors_that_are_not_contiguous():
+    case = replace(SMALL, shape=(2,), rows=2)
+    tensors = case.tensors()
+    expected = apply(ops.masked_linear, tensors, case.draw())
+    tensors = {n: t.transpose(-1, 0).contiguous().transpose(-1, 0) for n, t in tensors.items()}
+    assert torch.equal(apply(ops.masked_linear, tensors, case.draw())["y"], expected["y"])
+
+
+def test_what_is_not_served():
+    case = replace(SMALL)
+    t = case.tensors()
+    draw = (0, 1, 0, 0, 2, 1.0, True)
+    operands = (t["x"], t["weight"], t["logits"], None, None, torch.tensor(0))
+    plain = estimators.arguments("gumbel_sigmoid", False)
+    assert gpu.unserved(*operands, *draw, *plain, []) is None
+    assert "n_of_m" in gpu.unserved(*operands, *draw, *plain, [2, 4])
+    top_k = estimators.arguments("top_k", False)
+    assert "top_k" in gpu.unserved(*operands, *draw, *top_k, [])
+    wide = (t["x"].double(), *operands[1:])
+    assert "float64" in gpu.unserved(*wide, *draw, *plain, [])
+    small = (*operands[:2], t["logits"][:, :1], *operands[3:])
+    assert "smaller" in gpu.unserved(*small, *draw, *plain, [])
+    with pytest.raises(RuntimeError, match="masked_linear: no GPU kernel for n_of_m"):
+        gpu.forward(*operands, *draw, *plain, [2, 4])
