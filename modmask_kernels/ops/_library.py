@@ -47,11 +47,6 @@ def define_on_cuda(schema: str) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
-def implement(name: str, device: str, function: Callable[..., Any]) -> None:
-    """Let `function` serve an operation on tensors of a device type, "CUDA" for instance."""
-    LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]
-
-
 def fake(name: str) -> Callable[[Function], Function]:
     """Decorates the fake kernel of an operation: shapes and dtypes without data."""
 
