@@ -183,23 +183,25 @@ MODMASK_DEVICE uint32_t kept_in_groups(
   return kept;
 }
 
-// kCount elements of a row that ends after `left` of them; zeros beyond.
-template <int kCount>
-MODMASK_DEVICE void load_part(const float* from, int64_t left, float (&to)[kCount]) {
-  if (left >= kCount && (reinterpret_cast<uintptr_t>(from) & 15) == 0) {
+// kCount elements of a row that ends after `left` of them, as float; zeros beyond. By 16 bytes
+// where the address allows it.
+template <int kCount, typename T>
+MODMASK_DEVICE void load_part(const T* from, int64_t left, float (&to)[kCount]) {
+  constexpr int kWide = kCount * sizeof(T) < 16 ? kCount : 16 / sizeof(T);
+  if (left >= kCount && reinterpret_cast<uintptr_t>(from) % (kWide * sizeof(T)) == 0) {
 #pragma unroll
-    for (int j = 0; j < kCount; j += 4) {
-      const Vector<float, 4> v = load_vector<4>(from + j);
+    for (int j = 0; j < kCount; j += kWide) {
+      const Vector<T, kWide> v = load_vector<kWide>(from + j);
 #pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        to[j + l] = v.v[l];
+      for (int l = 0; l < kWide; ++l) {
+        to[j + l] = to_float(v.v[l]);
       }
     }
     return;
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    to[j] = j < left ? load(from + j) : 0.0f;
+    to[j] = j < left ? to_float(load(from + j)) : 0.0f;
   }
 }
 

@@ -133,23 +133,6 @@ struct LinearBlock {
   }
 };
 
-// Four elements of a row that ends after `left`, as float.
-template <typename T>
-MODMASK_DEVICE void load_four(const T* from, int64_t left, float (&to)[4]) {
-  if (left >= 4 && (reinterpret_cast<uintptr_t>(from) & (4 * sizeof(T) - 1)) == 0) {
-    const Vector<T, 4> v = load_vector<4>(from);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      to[j] = to_float(v.v[j]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    to[j] = j < left ? to_float(load(from + j)) : 0.0f;
-  }
-}
-
 MODMASK_DEVICE Vector<float, 4> vector_of(const float (&v)[4]) {
   return {{v[0], v[1], v[2], v[3]}};
 }
@@ -186,10 +169,10 @@ MODMASK_DEVICE void load_tile(
   for (int q = b.warp; q < kTileOutputs; q += kLinearWarps) {  // alike for all lanes of a warp
     const int64_t o = o0 + q, at = o * p.in + i, left = o < p.out ? p.in - i : 0;
     float w[4], logits[4] = {}, e[4] = {};
-    load_four(p.weight + at, left, w);
+    load_part(p.weight + at, left, w);
     store_vector<4>(weights + (q * kTileStep + 4 * b.lane), vector_of(w));
     if (kMode != MaskMode::kPacked) {
-      load_four(of_set + at, left, logits);
+      load_part(of_set + at, left, logits);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         e[j] = exp_minus(logits[j]);
@@ -256,7 +239,7 @@ MODMASK_DEVICE void load_rows(
     int64_t begin;
     b.row_range(p, row / kRows, sample, begin, count);
     float v[4];
-    load_four(
+    load_part(
         p.from + (begin + row % kRows) * columns + c0 + c,
         row % kRows < count ? columns - c0 - c : 0, v);
     store_vector<4>(to + (row * (kColumns + 4) + c), vector_of(v));
@@ -473,7 +456,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
 #pragma unroll
   for (int a = 0; a < kOfThread; ++a) {
     const int64_t o = o0 + kOfThread * warp + a;
-    load_four(of_set + o * p.in + i, o < p.out ? p.in - i : 0, logits[a]);
+    load_part(of_set + o * p.in + i, o < p.out ? p.in - i : 0, logits[a]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       e[a][j] = exp_minus(logits[a][j]);
@@ -487,11 +470,11 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
       __syncthreads();
       for (int r = warp; r < count; r += kLinearWarps) {
         float v[4];
-        load_four(p.x + (row + r) * p.in + i, p.in - i, v);
+        load_part(p.x + (row + r) * p.in + i, p.in - i, v);
         store_vector<4>(x + (r * kTileStep + 4 * lane), vector_of(v));
         if (lane < kGradientOutputs / 4) {
           const int64_t o = o0 + 4 * lane;
-          load_four(p.dy + (row + r) * p.out + o, p.out - o, v);
+          load_part(p.dy + (row + r) * p.out + o, p.out - o, v);
           store_vector<4>(dy + (r * kGradientOutputs + 4 * lane), vector_of(v));
         }
       }
@@ -530,7 +513,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     const int64_t o = o0 + kOfThread * warp + a;
     if (o < p.out && i < p.in) {
       float w[4];
-      load_four(p.weight + o * p.in + i, p.in - i, w);
+      load_part(p.weight + o * p.in + i, p.in - i, w);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         w[j] *= sums[a][j];
