@@ -115,6 +115,15 @@ def cuda_problem(index: int) -> str | None:
     return f"the CUDA kernels do not run on {torch.cuda.get_device_name(index)}: {problem}"
 
 
+def rnn_fits(device: torch.device, *sizes: int) -> bool:
+    """Whether the time loop (cell, steps, rows, groups, hidden) runs in one launch on a device."""
+    module, _ = _load_cuda()
+    if module is None:
+        return False
+    with torch.cuda.device(device):
+        return bool(module.rnn_fits(*sizes))
+
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("avx512", "avx2", "plain")
 

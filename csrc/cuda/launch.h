@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "mask_params.h"
+#include "masked_rnn.h"
 
 struct CUstream_st;
 
@@ -40,5 +41,12 @@ void launch_sample_backward(
     const float* dvalues,
     float* dlogits,
     Stream stream);
+
+// How the time loop is cut on the current device; units = 0 where it cannot run in one launch.
+RnnSizes plan_rnn_here(Cell cell, int64_t steps, int64_t rows, int64_t groups, int64_t hidden);
+
+// Sizes as planned, none of them 0 but the steps.
+void launch_rnn_forward(Cell cell, const RnnForward& p, Stream stream);
+void launch_rnn_backward(Cell cell, const RnnBackward& p, Stream stream);
 
 }  // namespace modmask::cuda

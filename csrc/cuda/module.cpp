@@ -20,9 +20,22 @@ PyObject* problem(PyObject*, PyObject*) {
   return PyUnicode_FromString(text);
 }
 
+PyObject* rnn_fits(PyObject*, PyObject* arguments) {
+  int cell;
+  long long steps, rows, groups, hidden;
+  if (!PyArg_ParseTuple(arguments, "iLLLL", &cell, &steps, &rows, &groups, &hidden)) {
+    return nullptr;
+  }
+  const auto plan = modmask::cuda::plan_rnn_here(
+      static_cast<modmask::cuda::Cell>(cell), steps, rows, groups, hidden);
+  return PyBool_FromLong(plan.units > 0);
+}
+
 PyMethodDef methods[] = {
     {"toolkit_version", toolkit_version, METH_NOARGS, "CUDART_VERSION of the compiling toolkit."},
     {"problem", problem, METH_NOARGS, "Why the current device runs no kernel, or None."},
+    {"rnn_fits", rnn_fits, METH_VARARGS,
+     "Whether a time loop (cell, steps, rows, groups, hidden) runs in one launch here."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

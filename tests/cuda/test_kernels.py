@@ -23,6 +23,8 @@ class Budget(NamedTuple):
 # by kernel; those with template arguments share one line
 BUDGETS = {
     "pack_bits": Budget(32, wide=True),
+    "rnn_backward": Budget(128, wide=True),
+    "rnn_forward": Budget(128, wide=True),
     "sample_backward": Budget(80, wide=True),
     "sample_bits": Budget(104, wide=True),
     "sample_values": Budget(104, wide=True),

@@ -11,6 +11,9 @@ import torch
 from ops.tolerance import check_close
 
 from modmask_kernels import ops
+from modmask_kernels.ops import estimators
+from modmask_kernels.ops import masked_rnn as masked_rnn_module
+from modmask_kernels.ops.masked_rnn import gpu
 from modmask_kernels.ops.masked_rnn.reference import CELLS, GATES, masked_rnn
 
 GRADIENTS = 4  # per unit, sequence and step
@@ -194,6 +197,130 @@ def test_the_order_of_threads_changes_nothing(simt):
     first, second = (run(simt, case, inputs, seed) for seed in (1, 2))
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
+
+
+WHOLE = [
+    {},
+    {"bias": True, "mask_bias": True, "lengths": True},
+    {"bias": True, "reverse": True, "lengths": True},
+    {"seed": None, "reverse": True},
+    {"estimator": "hard_concrete", "antithetic": True, "states": False, "bias": True},
+    {"steps": 0},
+]
+
+
+@pytest.fixture
+def loops_on_simt(simt):
+    """The operations of the time loop, for CPU tensors."""
+
+    def sizes(weight, bits, cell, steps, batch, groups):
+        return {
+            "weight": weight.contiguous().numpy(),
+            "bits": bits.numpy(),
+            "set_stride": bits.shape[2],
+            "sample_stride": bits.shape[1] * bits.shape[2],
+            "samples": bits.shape[0],
+            "cell": CELLS[cell],
+            "steps": steps,
+            "rows": batch // groups,
+            "groups": groups,
+            "hidden": weight.shape[1],
+            "multiprocessors": 8,
+            "most_shared": 98304,
+            "arrivals": np.zeros(1, np.uint32),
+        }
+
+    def given(**tensors):
+        return {n: None if t is None else t.contiguous().numpy() for n, t in tensors.items()}
+
+    def loop(gates, weight, bits, bias, h0, c0, lengths, cell, reverse, groups, samples):
+        steps, batch, _ = gates.shape
+        hidden = weight.shape[1]
+        results = (
+            gates.new_empty(steps, batch, hidden),
+            gates.new_empty(batch, hidden),
+            gates.new_empty(batch if CELLS[cell] == "lstm" else 0, hidden),
+            gates.new_empty(steps, batch, SAVED, hidden),
+        )
+        simt.Device().run(
+            "rnn_forward",
+            **sizes(weight, bits, cell, steps, batch, groups),
+            **given(gates=gates, hidden_bias=bias, h0=h0, c0=c0, lengths=lengths),
+            **given(**dict(zip(("y", "h_n", "c_n", "saved"), results, strict=True))),
+            h=np.zeros((2, batch, hidden), np.float32),
+            reverse=reverse,
+        )
+        return results
+
+    def loop_backward(saved, weight, bits, dy, dh_n, dc_n, lengths, cell, reverse, groups, samples):
+        steps, batch, _, hidden = saved.shape
+        results = (
+            saved.new_empty(steps, batch, GRADIENTS, hidden),
+            saved.new_empty(batch, hidden),
+            saved.new_empty(batch if CELLS[cell] == "lstm" else 0, hidden),
+        )
+        simt.Device().run(
+            "rnn_backward",
+            **sizes(weight, bits, cell, steps, batch, groups),
+            **given(saved=saved, dy=dy, dh_n=dh_n, dc_n=dc_n, lengths=lengths),
+            **given(**dict(zip(("dgates", "dh0", "dc0"), results, strict=True))),
+            reverse=reverse,
+        )
+        return results
+
+    with torch.library._scoped_library("modmask", "IMPL") as library:
+        library.impl("rnn_loop", loop, "CPU")
+        library.impl("rnn_loop_backward", loop_backward, "CPU")
+        yield
+
+
+@pytest.mark.parametrize("options", WHOLE, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_whole_operation_around_the_loop(loops_on_simt, cell, options):
+    """As on a GPU, with the products of the CPU, forward and backward."""
+    o = {"steps": 4, "bias": False, "mask_bias": False, "lengths": False, "states": True} | options
+    sets, samples, rows, inputs, hidden = 2, 2, 3, 5, 6
+    seed = o.get("seed", torch.tensor([3, 4]))
+    batch, width = rows * sets * (1 if seed is None else samples), GATES[cell] * hidden
+    g = torch.Generator().manual_seed(3)
+
+    def random(*shape, when=True):
+        return torch.randn(*shape, generator=g) if when else None
+
+    operands = [
+        random(o["steps"], batch, inputs),
+        random(batch, hidden, when=o["states"]),
+        random(batch, hidden, when=o["states"] and cell == "lstm"),
+        random(width, inputs),
+        random(width, hidden) / hidden**0.5,
+        random(sets, width, inputs),
+        random(sets, width, hidden),
+        *(random(width, when=o["bias"]) for _ in range(2)),
+        *(random(sets, width, when=o["mask_bias"]) for _ in range(2)),
+    ]
+    chosen = estimators.arguments(o.get("estimator", "gumbel_sigmoid"), o.get("antithetic", False))
+    lengths = torch.arange(batch) % (o["steps"] + 1) if o["lengths"] else None
+    rule = (CELLS.index(cell), o.get("reverse", False), (4, 5, 6, 7), 1, samples, 1.0, True)
+    rest = (seed, lengths, *rule, *chosen)
+    needs = sum(1 << i for i, t in enumerate(operands) if t is not None)
+    dy, dh_n = random(o["steps"], batch, hidden), random(batch, hidden)
+    dc_n = random(batch, hidden, when=cell == "lstm")
+
+    def exact(dtype):
+        wide = [None if t is None else t.to(dtype) for t in operands]
+        y, h_n, c_n, saved = masked_rnn_module._reference(*wide, *rest)
+        ds = (t if t is None else t.to(dtype) for t in (dy, dh_n, dc_n))
+        return [
+            y,
+            h_n,
+            c_n,
+            *masked_rnn_module._backward_reference(*ds, y, saved, *wide, *rest, needs),
+        ]
+
+    y, h_n, c_n, saved = gpu.forward(*operands, *rest)
+    ours = [y, h_n, c_n, *gpu.backward(dy, dh_n, dc_n, y, saved, *operands, *rest, needs)]
+    names = ["y", "h_n", "c_n", *("d" + name for name in masked_rnn_module._NAMES)]
+    check_close(zip(names, ours, exact(torch.float32), exact(torch.float64), strict=True))
 
 
 @pytest.mark.parametrize(("cell", "hidden"), list(itertools.product(CELLS, (64, 256))))

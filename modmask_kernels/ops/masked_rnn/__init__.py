@@ -12,7 +12,7 @@ from ... import _native
 from .. import _batching, _check, _library, estimators
 from .._masked_product import lowered, uses_kernel
 from ..estimators import Estimator
-from . import reference
+from . import gpu, reference
 from .reference import CELLS, GATES
 
 __all__ = ["masked_gru", "masked_lstm"]
@@ -63,18 +63,24 @@ def _backward_reference(
     saved: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    given, rest, needs = arguments[:_GRADIENTS], arguments[_GRADIENTS:-1], arguments[-1]
-    wanted = [t is not None and bool(needs >> i & 1) for i, t in enumerate(given)]
+    operands, rest, needs = arguments[:_GRADIENTS], arguments[_GRADIENTS:-1], arguments[-1]
+    wanted = [t is not None and bool(needs >> i & 1) for i, t in enumerate(operands)]
     with torch.enable_grad():
         leaves = [
             None if t is None else t.detach().requires_grad_(want)
-            for t, want in zip(given, wanted, strict=True)
+            for t, want in zip(operands, wanted, strict=True)
         ]
         results = _by_reference(*leaves, *rest)
+    # without steps y depends on nothing
+    given = [
+        (t, d)
+        for t, d in zip(results, (dy, dh_n, dc_n), strict=True)
+        if d is not None and t.requires_grad
+    ]
     found = torch.autograd.grad(
-        [t for t, d in zip(results, (dy, dh_n, dc_n), strict=True) if d is not None],
+        [t for t, _ in given],
         [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None],
-        [d for d in (dy, dh_n, dc_n) if d is not None],
+        [d for _, d in given],
         allow_unused=True,
         materialize_grads=True,
     )
@@ -101,8 +107,10 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     sets = logits_ih.shape[0] if logits_ih.dim() == 3 else 1
     groups = sets * _batching.masks_per_set(seed, samples)
     lanes = _LANES[_native.capability()]
-    saved = 1
-    if lanes:
+    saved: int | tuple[int, ...] = 1
+    if x.device.type == "cuda":
+        saved = (steps, batch, gpu.SAVED, hidden)
+    elif lanes:
         rows = (batch // groups + lanes - 1) // lanes * lanes
         saved = groups * steps * _SAVED[cell] * hidden * rows + 1
     return (
@@ -154,6 +162,8 @@ def _backward(
     )
 
 
+_library.LIBRARY.impl("masked_rnn", gpu.forward, "CUDA")  # type: ignore[no-untyped-call]
+_library.LIBRARY.impl("masked_rnn_backward", gpu.backward, "CUDA")  # type: ignore[no-untyped-call]
 _differentiate = _library.differentiable_once("masked_rnn_backward", _batching.recurrent_backward)
 _operation = _library.differentiable("masked_rnn", _setup_context, _backward, _batching.recurrent)
 
@@ -297,7 +307,7 @@ def _masked_rnn(
         *(seed, lengths, CELLS.index(cell), reverse, list(tensor_ids)),
         *(sample_offset, samples, tau, hard, *estimators.arguments(estimator, antithetic)),
     )
-    if uses_kernel(x):
+    if uses_kernel(x) or (x.is_cuda and gpu.unserved(*arguments) is None):
         # the kernels compute in float32; weights are as large as they are, whatever the samples
         wide_ones = (t if t is None else t.float() for t in arguments[:_GRADIENTS])
         y, h_n, c_n, _ = _operation(*wide_ones, *arguments[_GRADIENTS:])
