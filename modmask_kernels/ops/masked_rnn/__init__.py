@@ -162,8 +162,8 @@ def _backward(
     )
 
 
-_library.LIBRARY.impl("masked_rnn", gpu.forward, "CUDA")  # type: ignore[no-untyped-call]
-_library.LIBRARY.impl("masked_rnn_backward", gpu.backward, "CUDA")  # type: ignore[no-untyped-call]
+_library.implement("masked_rnn", "CUDA", gpu.forward)
+_library.implement("masked_rnn_backward", "CUDA", gpu.backward)
 _differentiate = _library.differentiable_once("masked_rnn_backward", _batching.recurrent_backward)
 _operation = _library.differentiable("masked_rnn", _setup_context, _backward, _batching.recurrent)
 

@@ -22,11 +22,11 @@ _LOOP = (
     "Tensor weight, Tensor? bits, {}, Tensor? lengths, int cell, bool reverse, int groups, "
     "int samples"
 )
-_library.LIBRARY.define(  # type: ignore[no-untyped-call]
+_library.define_on_cuda(
     f"rnn_loop(Tensor gates, {_LOOP.format('Tensor? hidden_bias, Tensor? h0, Tensor? c0')}) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
 )
-_library.LIBRARY.define(  # type: ignore[no-untyped-call]
+_library.define_on_cuda(
     f"rnn_loop_backward(Tensor saved, {_LOOP.format('Tensor? dy, Tensor? dh_n, Tensor? dc_n')}) -> "
     "(Tensor, Tensor, Tensor)"
 )
