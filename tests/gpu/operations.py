@@ -1,0 +1,107 @@
+"""One call of every operation, for comparisons between devices, dtypes and backends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modmask_kernels import _native, ops
+
+SETS, SAMPLES = 2, 2
+GROUPS = SETS * SAMPLES
+
+
+class Case(NamedTuple):
+    """`call(tensors, options)` gives the outputs; tensors are float64 on the CPU here."""
+
+    call: Callable[[dict[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
+    tensors: dict[str, Tensor]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
+    return torch.randn(shape, generator=generator).double()
+
+
+def product(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, **more: Any) -> Case:
+    outputs = weight.shape[1 if "transpose" in operation.__name__ else 0]
+    tensors = {
+        "x": x,
+        "weight": weight,
+        "logits": random(SETS, *weight.shape, seed=1),
+        "bias": random(outputs, seed=2),
+        "bias_logits": random(SETS, outputs, seed=3),
+    }
+    return Case(lambda t, options: (operation(*t.values(), **options, **more),), tensors)
+
+
+def recurrent(operation: Callable[..., Any], gates: int, hidden: int, inputs: int) -> Case:
+    tensors = {"x": random(5, 3 * GROUPS, inputs)}
+    for name, columns in (("weight_ih", inputs), ("weight_hh", hidden)):
+        tensors[name] = random(gates * hidden, columns) / hidden**0.5
+    for name, columns in (("logits_ih", inputs), ("logits_hh", hidden)):
+        tensors[name] = random(SETS, gates * hidden, columns, seed=1)
+    tensors["bias_ih"], tensors["bias_hh"] = random(gates * hidden), random(gates * hidden, seed=1)
+
+    def call(t: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
+        y, states = operation(*t.values(), **options)
+        return (y, *states) if isinstance(states, tuple) else (y, states)
+
+    return Case(call, tensors)
+
+
+CASES = {
+    "linear": product(ops.masked_linear, random(3 * GROUPS, 37), random(29, 37)),
+    "linear-even": product(ops.masked_linear, random(64 * GROUPS, 128), random(64, 128)),
+    "linear-one-row": product(ops.masked_linear, random(GROUPS, 260), random(130, 260)),
+    "conv1d": product(ops.masked_conv1d, random(GROUPS, 3, 11), random(5, 3, 3), padding=1),
+    "conv2d": product(ops.masked_conv2d, random(GROUPS, 3, 9, 8), random(5, 3, 3, 3), stride=2),
+    "transposed1d": product(ops.masked_conv_transpose1d, random(GROUPS, 3, 7), random(3, 4, 3)),
+    "transposed2d": product(
+        ops.masked_conv_transpose2d, random(GROUPS, 3, 5, 4), random(3, 4, 3, 3)
+    ),
+    "lstm": recurrent(ops.masked_lstm, 4, 18, 7),
+    "gru": recurrent(ops.masked_gru, 3, 18, 7),
+}
+
+
+@contextlib.contextmanager
+def by_reference() -> Iterator[None]:
+    """Plain PyTorch on the same device, whatever kernels there are."""
+    before = _native.FORCED_BACKEND
+    _native.FORCED_BACKEND = "reference"
+    try:
+        yield
+    finally:
+        _native.FORCED_BACKEND = before
+
+
+def moved(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Leaves on a device; logits keep at least float32."""
+    logits = torch.promote_types(dtype, torch.float32)
+    return {
+        name: t.to(device, logits if "logits" in name else dtype).requires_grad_()
+        for name, t in case.tensors.items()
+    }
+
+
+def exact(case: Case, tensors: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Outputs and gradients in float64 on the CPU, of these very values."""
+    return results(
+        case, {n: t.detach().cpu().double().requires_grad_() for n, t in tensors.items()}, **options
+    )
+
+
+def results(case: Case, tensors: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Outputs, and gradients of all tensors, by name."""
+    device = tensors["x"].device
+    seed = torch.arange(SETS, device=device) + 5
+    outputs = case.call(tensors, {"seed": seed, "samples": SAMPLES, **options})
+    upstream = [random(*y.shape, seed=9).to(device, y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(tensors.values()), upstream)
+    named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return named | {f"d{n}": d for n, d in zip(tensors, gradients, strict=True)}

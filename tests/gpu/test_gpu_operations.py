@@ -1,0 +1,144 @@
+"""All operations on a CUDA device: the bits of the CPU, twice the error of PyTorch at most."""
+
+from __future__ import annotations
+
+import operations
+import pytest
+import torch
+from operations import CASES, by_reference
+from ops.tolerance import check_close
+
+from modmask_kernels import _native, ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ESTIMATORS = ("gumbel_sigmoid", "hard_concrete", "sigmoid", "threshold", "top_k")
+
+
+@pytest.mark.gpu
+def test_the_cuda_kernels_run() -> None:
+    """Without them the reference would pass all other tests, unseen."""
+    assert _native.cuda_problem(0) is None
+
+
+class TestBits:
+    @pytest.mark.parametrize("count", [1, 7, 8, 9, 4095, 4096, 100_003])
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_masks(self, device: torch.device, estimator: str, count: int) -> None:
+        logits = operations.random(3, count).float() * 3
+        for more in ({}, {"antithetic": True, "samples": 4, "sample_offset": 3, "tensor_id": 9}):
+            draw = {"estimator": estimator, "samples": 3, **more}
+            for seed in (torch.tensor(7), torch.arange(3)):
+                here = ops.sample_mask(logits, seed=seed, **draw)
+                packed = ops.sample_mask_packed(logits, seed=seed, **draw)
+                there = {"seed": seed.to(device), **draw}
+                assert torch.equal(ops.sample_mask(logits.to(device), **there).cpu(), here)
+                assert torch.equal(ops.sample_mask_packed(logits.to(device), **there).cpu(), packed)
+
+    @pytest.mark.parametrize("offset", [1, 2, 3, 4094, 2**34 - 2, 2**40 + 1])
+    def test_element_offsets(self, device: torch.device, offset: int) -> None:
+        logits = operations.random(5001).float()
+        draw = {"samples": 2, "element_offset": offset}
+        here = ops.sample_mask_packed(logits, seed=torch.tensor(-3), **draw)
+        seed = torch.tensor(-3, device=device)
+        assert torch.equal(ops.sample_mask_packed(logits.to(device), seed=seed, **draw).cpu(), here)
+
+    @pytest.mark.parametrize("n_of_m", [(2, 4), (1, 3), (7, 16)])
+    def test_n_of_m(self, device: torch.device, n_of_m: tuple[int, int]) -> None:
+        logits = operations.random(5, 48, 3).float()
+        for seed in (None, torch.tensor(2)):
+            there = None if seed is None else seed.to(device)
+            here = ops.sample_mask_packed(logits, seed=seed, n_of_m=n_of_m)
+            found = ops.sample_mask_packed(logits.to(device), seed=there, n_of_m=n_of_m)
+            assert torch.equal(found.cpu(), here)
+
+    def test_special_logits(self, device: torch.device) -> None:
+        special = torch.tensor([0.0, -0.0, 1e-45, 16.6, -16.7, 80.0, 1e30, -1e30])
+        logits = torch.cat([special, torch.tensor([torch.nan, torch.inf, -torch.inf])]).repeat(999)
+        for draw in ({"samples": 5}, {"samples": 2, "estimator": "hard_concrete"}):
+            here = ops.sample_mask_packed(logits, seed=torch.tensor(1), **draw)
+            seed = torch.tensor(1, device=device)
+            assert torch.equal(
+                ops.sample_mask_packed(logits.to(device), seed=seed, **draw).cpu(), here
+            )
+
+    @pytest.mark.parametrize("count", [0, 1, 8, 17, 70_001])
+    def test_packing(self, device: torch.device, count: int) -> None:
+        mask = operations.random(count + 3) > 0
+        for start in (0, 3):  # not on 16 bytes
+            part = mask[start : start + count]
+            packed = ops.pack_bits(part)
+            there = mask.to(device)[start : start + count]
+            assert torch.equal(ops.pack_bits(there).cpu(), packed)
+            assert torch.equal(ops.unpack_bits(packed.to(device), part.shape).cpu(), part)
+
+    @pytest.mark.parametrize("k", [0, 1, 777, 3003])
+    def test_top_k(self, device: torch.device, k: int) -> None:
+        scores = [operations.random(1001), operations.random(2002).round(decimals=1)]
+        for dtype in DTYPES:
+            here = ops.top_k_mask([s.to(dtype) for s in scores], k)
+            there = ops.top_k_mask([s.to(device, dtype) for s in scores], k)
+            assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "draw",
+    [{}, {"hard": False, "tau": 0.7}, {"estimator": "hard_concrete"}, {"antithetic": True}],
+    ids=str,
+)
+def test_products(device: torch.device, name: str, draw: dict, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    tensors = operations.moved(case, device, dtype)
+    ours = operations.results(case, tensors, **draw)
+    with by_reference():
+        plain = operations.results(case, tensors, **draw)
+    exact = operations.exact(case, tensors, **draw)
+    check_close((key, ours[key].cpu(), plain[key].cpu(), exact[key]) for key in ours)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize("hard", [True, False])
+def test_sampled_values(device: torch.device, hard: bool, tau: float) -> None:
+    logits = operations.random(2, 3001).float()
+    upstream = operations.random(3, 2, 3001)
+
+    def run(given: torch.Tensor, seed: torch.Tensor) -> dict[str, torch.Tensor]:
+        leaf = given.detach().requires_grad_()
+        values = ops.sample_mask(leaf, seed=seed, samples=3, hard=hard, tau=tau)
+        (d,) = torch.autograd.grad(values, leaf, upstream.to(values))
+        return {"values": values.detach().cpu(), "dlogits": d.cpu()}
+
+    seed = torch.arange(2)
+    ours = run(logits.to(device), seed.to(device))
+    exact = run(logits.double(), seed)
+    with by_reference():
+        plain = run(logits.to(device), seed.to(device))
+    check_close((key, ours[key], plain[key], exact[key]) for key in ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_select_linear(device: torch.device, dtype: torch.dtype) -> None:
+    x, weight, bias = operations.random(9, 70), operations.random(33, 70), operations.random(33)
+    masks = ops.sample_mask_packed(operations.random(4, 33, 70).float(), seed=torch.arange(4))[0]
+    rows = torch.tensor([3, 0, 0, 2, 3, 3, 1, 0, 2])
+    given = [t.to(dtype) for t in (x, weight, bias)]
+
+    def run(x, weight, bias):
+        there = x.device
+        return ops.select_linear(x, weight, masks.to(there), rows.to(there), bias).cpu()
+
+    ours = run(*(t.to(device) for t in given))
+    exact = run(*(t.double() for t in given))
+    with by_reference():
+        plain = run(*(t.to(device) for t in given))
+    check_close([("y", ours, plain, exact)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_runs_give_equal_bits(device: torch.device, name: str) -> None:
+    tensors = operations.moved(CASES[name], device, torch.float32)
+    first, second = (operations.results(CASES[name], tensors) for _ in range(2))
+    if "linear" in name or device.type == "cpu":  # what cuDNN adds up is its own affair
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
