@@ -13,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -124,6 +125,16 @@ def rnn_fits(device: torch.device, *sizes: int) -> bool:
         return bool(module.rnn_fits(*sizes))
 
 
+def refuse(error: Exception) -> NoReturn:
+    """Raise it; the command line has one line for it."""
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    started_as_module = name == "-m" and any(w.startswith("modmask_kernels") for w in sys.orig_argv)
+    if name == "modmask" or started_as_module:
+        print(f"modmask: {error}", file=sys.stderr)
+        raise SystemExit(2)
+    raise error
+
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("avx512", "avx2", "plain")
 
@@ -131,11 +142,13 @@ CAPABILITIES = ("avx512", "avx2", "plain")
 def _forced_by_environment() -> str | None:
     value = os.environ.get("MODMASK_BACKEND", "")
     if value and value not in BACKENDS:
-        raise ValueError(f"MODMASK_BACKEND must be one of {', '.join(BACKENDS)}, not {value!r}")
+        expected = ", ".join(BACKENDS)
+        refuse(ValueError(f"MODMASK_BACKEND must be one of {expected}, not {value!r}"))
     if value == "cpu" and not available():
-        raise RuntimeError(f"MODMASK_BACKEND=cpu, but the compiled kernels are {LOAD_ERROR}")
+        refuse(RuntimeError(f"MODMASK_BACKEND=cpu, but the compiled kernels are {LOAD_ERROR}"))
     if value == "cuda" and cuda_load_error() is not None:
-        raise RuntimeError(f"MODMASK_BACKEND=cuda, but the CUDA kernels are {cuda_load_error()}")
+        error = cuda_load_error()
+        refuse(RuntimeError(f"MODMASK_BACKEND=cuda, but the CUDA kernels are {error}"))
     return value or None
 
 
@@ -145,9 +158,11 @@ FORCED_BACKEND: str | None = _forced_by_environment()
 WANTED_CAPABILITY: str | None = os.environ.get("MODMASK_CPU_CAPABILITY") or None
 """The value of MODMASK_CPU_CAPABILITY; one that this CPU does not support is ignored."""
 if WANTED_CAPABILITY not in (None, *CAPABILITIES):
-    raise ValueError(
-        f"MODMASK_CPU_CAPABILITY must be one of {', '.join(CAPABILITIES)}, "
-        f"not {WANTED_CAPABILITY!r}"
+    refuse(
+        ValueError(
+            f"MODMASK_CPU_CAPABILITY must be one of {', '.join(CAPABILITIES)}, "
+            f"not {WANTED_CAPABILITY!r}"
+        )
     )
 if not available() and FORCED_BACKEND is None:
     warnings.warn(

@@ -331,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = " ".join(["modmask", *words[:1]])
         if words[:1] == ["run"] and "--resume" in unknown:
             hint = "--resume takes no experiment: modmask run --resume RUN"
+        elif words[:1] == ["masks"] and not unknown[0].startswith("-"):
+            hint = "a second file comes with --and, --or or --minus"
         else:
             hint = f"`{command} --help` lists what there is"
         text = f"{command}: error: unrecognized arguments: {' '.join(unknown)}; {hint}"

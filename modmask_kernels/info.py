@@ -21,7 +21,8 @@ def lines() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
     ]
     if _native.available():
-        pairs.append(("CPU kernels", f"loaded, capability {_native.capability()}"))
+        unused = "" if _native.enabled() else f", unused: MODMASK_BACKEND={_native.FORCED_BACKEND}"
+        pairs.append(("CPU kernels", f"loaded, capability {_native.capability()}{unused}"))
         pairs.append(("CPU capabilities", ", ".join(_native.capabilities())))
     else:
         pairs.append(("CPU kernels", _native.LOAD_ERROR or "absent"))
@@ -30,7 +31,10 @@ def lines() -> list[tuple[str, str]]:
     pairs.append(("Triton kernels", _triton()))
     pairs.append(("reference", "always there, plain PyTorch on any device"))
     pairs.append(("MODMASK_BACKEND", _native.FORCED_BACKEND or "not set"))
-    pairs.append(("MODMASK_CPU_CAPABILITY", _native.WANTED_CAPABILITY or "not set"))
+    wanted = _native.WANTED_CAPABILITY
+    ignored = wanted and wanted not in _native.capabilities()
+    text = f"{wanted}, ignored: it is not among the capabilities here" if ignored else wanted
+    pairs.append(("MODMASK_CPU_CAPABILITY", text or "not set"))
     pairs.append(("MODMASK_GPU_MASKS", _gpu.FORCED_SOURCE or "not set"))
     return pairs
 

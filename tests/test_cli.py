@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import modmask_kernels
-from modmask_kernels import cli
+from modmask_kernels import _native, cli, info
 from modmask_kernels.report import style
 
 SMOKE = ["run", "addmul-fnn", "--preset", "smoke", "--quiet", "--steps", "30", "--mask-steps", "20"]
@@ -188,6 +188,12 @@ def test_wrong_words_are_usage_errors(capsys, words):
     assert "usage: modmask" in capsys.readouterr().err
 
 
+def test_a_second_mask_file_needs_an_operation(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["masks", "a", "b"])
+    assert "arguments: b; a second file comes with --and, --or or" in capsys.readouterr().err
+
+
 def test_an_existing_folder_is_refused(finished, capsys):
     assert cli.main([*SMOKE, "--out", str(finished)]) == 2
     assert f"modmask run --resume {finished}" in capsys.readouterr().err
@@ -213,6 +219,32 @@ def test_nothing_is_run_without_the_packages_of_the_report(tmp_path, monkeypatch
     assert cli.main([*SMOKE, "--out", str(tmp_path / "demo")]) == 2
     assert "pip install 'modmask-kernels[report]'" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("MODMASK_BACKEND", "gpu", "modmask: MODMASK_BACKEND must be one of"),
+        ("MODMASK_CPU_CAPABILITY", "sse", "modmask: MODMASK_CPU_CAPABILITY must be one of"),
+    ],
+)
+def test_a_wrong_environment_is_one_line(monkeypatch, variable, value, said):
+    monkeypatch.setenv(variable, value)
+    result = python("info")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(said)
+    assert line.endswith(f"not '{value}'")
+
+
+def test_info_says_what_is_not_used(monkeypatch):
+    monkeypatch.setattr(_native, "WANTED_CAPABILITY", "avx512")
+    monkeypatch.setattr(_native, "capabilities", lambda: ["avx2", "plain"])
+    monkeypatch.setattr(_native, "available", lambda: True)
+    monkeypatch.setattr(_native, "FORCED_BACKEND", "reference")
+    lines = dict(info.lines())
+    assert lines["MODMASK_CPU_CAPABILITY"].startswith("avx512, ignored")
+    assert lines["CPU kernels"].endswith(", unused: MODMASK_BACKEND=reference")
 
 
 def test_info_needs_the_core_packages_only():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,21 @@ def _count(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))
 
 
+def _check_tensor(mask: object, name: str) -> None:
+    if not isinstance(mask, Tensor):
+        hint = (
+            "; for the masks of a whole model there are total_shared, total_remaining, stability "
+            "(IoU), overall_io_min and MaskSet.density()"
+        )
+        raise TypeError(
+            f"{name} must be the mask of one tensor, got {type(mask).__name__}"
+            + (hint if isinstance(mask, Mapping) else "")
+        )
+
+
 def _check(a: Tensor, b: Tensor, first: str = "a", second: str = "b") -> None:
     for name, mask in ((first, a), (second, b)):
+        _check_tensor(mask, name)
         if mask.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {mask.dtype}")
     if a.shape != b.shape:
@@ -33,6 +47,11 @@ def _check(a: Tensor, b: Tensor, first: str = "a", second: str = "b") -> None:
 
 def _names(masks: Sequence[Masks], exclude: Iterable[str] = ()) -> list[str]:
     """Parameter names that all masks have in common, which must be all that each has."""
+    for one in masks:
+        if not isinstance(one, Mapping):
+            raise TypeError(
+                f"expected the masks of a model by parameter name, got {type(one).__name__}"
+            )
     names = list(masks[0])
     for other in masks[1:]:
         if set(other) != set(names):
@@ -46,7 +65,12 @@ def _names(masks: Sequence[Masks], exclude: Iterable[str] = ()) -> list[str]:
 
 
 def density(mask: Tensor) -> float:
-    """Kept fraction of one tensor; 0 for a tensor without elements."""
+    """Kept fraction of one tensor; 0 for a tensor without elements.
+
+    Raises:
+        TypeError: for the masks of a whole model; a `MaskSet` has a method `density`.
+    """
+    _check_tensor(mask, "mask")
     return _count(mask) / max(mask.numel(), 1)
 
 
@@ -106,6 +130,13 @@ def _union(masks: Sequence[Tensor], like: Tensor) -> Tensor:
     return reduce(torch.logical_or, masks, torch.zeros_like(like))
 
 
+def _several(others: Sequence[Any]) -> Sequence[Any]:
+    """Those masks; TypeError for the masks of one model."""
+    if isinstance(others, Mapping):
+        raise TypeError(f"others: expected a list of masks, got one {type(others).__name__}")
+    return others
+
+
 def shared(mask: Tensor, others: Sequence[Tensor]) -> float:
     """Fraction of a mask's weights that at least one other mask keeps too; 0 for an empty mask.
 
@@ -116,7 +147,8 @@ def shared(mask: Tensor, others: Sequence[Tensor]) -> float:
     Equivalent to:
         (mask & torch.stack(others).any(0)).sum() / max(mask.sum(), 1)
     """
-    for other in others:
+    _check_tensor(mask, "mask")
+    for other in _several(others):
         _check(mask, other, "mask", "others")
     return _count(mask & _union(others, mask)) / max(_count(mask), 1)
 
@@ -133,7 +165,7 @@ def total_shared(masks: Masks, others: Sequence[Masks]) -> float:
     count. 0 for an empty mask.
     """
     kept = both = 0
-    for name in _names([masks, *others]):
+    for name in _names([masks, *_several(others)]):
         for other in others:
             _check(masks[name], other[name], "masks", "others")
         kept += _count(masks[name])
@@ -160,7 +192,7 @@ def shared_of_union(masks: Masks, others: Sequence[Masks]) -> float:
     The denominator differs from that of `total_shared`. 0 if all masks are empty.
     """
     union = both = 0
-    for name in _names([masks, *others]):
+    for name in _names([masks, *_several(others)]):
         rest = _union([other[name] for other in others], masks[name])
         both += _count(masks[name] & rest)
         union += _count(masks[name] | rest)

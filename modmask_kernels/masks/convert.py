@@ -26,7 +26,7 @@ from ..nn import (
     MaskedMultiheadAttention,
     Mode,
 )
-from ..nn.granularity import Granularity, check_granularity, logits_shape
+from ..nn.granularity import Granularity, check_competing, check_granularity, logits_shape
 from ..nn.masked_module import (
     check_init,
     check_mode,
@@ -92,6 +92,8 @@ class MaskedTensor(NamedTuple):
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and data-parallel wrappers; its names are the plain ones."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -382,11 +384,12 @@ def mask_model(
     Raises:
         ValueError: for wrong options, if the model is masked already, if nothing is to be
             masked, or if a lazy layer has no shape yet.
+        TypeError: for a model that is no module, and other options of a wrong type.
 
     Warns:
         UserWarning: for layers that cannot be masked: subclasses with their own forward,
             parametrised weights, and the output projection inside a `torch.nn.MultiheadAttention`
-            that stays as it is.
+            that stays as it is; and for a type in `also` of which the model has no module.
 
     Source: Csordás et al. 2021, "Are Neural Nets Modular?", sections 2 and 3.
     """
@@ -419,7 +422,13 @@ def mask_model(
             + ("" if filter is None else " and that the filter accepts")
         )
 
+    for kind in also:
+        if not any(isinstance(module, kind) for module in model.modules()):
+            warnings.warn(f"also: the model has no module of type {kind.__name__}", stacklevel=2)
+
     chosen = _granularities(granularity, plain, filter, bias)
+    for of_layer in chosen.values():
+        check_competing(of_layer, rule.name, eval_mode=eval_mode)
     number = {id(parameter): n for n, (_, parameter) in enumerate(model.named_parameters())}
     record = MaskRecord(
         settings={
@@ -566,6 +575,8 @@ def set_mode(model: nn.Module, mode: Mode | None) -> Switch:
     check_mode(mode)
     layers = list(masked_layers(model).values())
     switch = Switch(layers, ("_mode",))
+    for layer in layers:  # all or none
+        check_competing(layer.granularity, layer.estimator.name, mode=mode)
     for layer in layers:
         layer.mode = mode
     return switch

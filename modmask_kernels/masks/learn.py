@@ -22,7 +22,7 @@ from torch import nn
 from ..progress import progress_bar
 from .checkpoint import load_checkpoint, save_checkpoint
 from .convert import find_record, masked_layers
-from .learner import Data, Learner, Loss, Settings
+from .learner import Data, Learner, Loss, Settings, of_set
 from .mask_set import MaskSet
 from .penalties import PENALTIES
 
@@ -148,6 +148,7 @@ def _choose(
                 "data: expected a mapping from set name to callable (a bare callable serves one "
                 f"set only, here are {len(chosen)}), got {type(data).__name__}"
             )
+        _check_source(data, "data")
         return {first.set_names[first.set_index(chosen[0])]: data}
     try:
         named = {first.set_names[first.set_index(key)]: source for key, source in data.items()}
@@ -166,19 +167,21 @@ def _choose(
     if not named:
         raise ValueError("data: expected at least one set, got none")
     for name, source in named.items():
-        if not callable(source):
-            raise TypeError(
-                f"data[{name!r}]: expected a callable(step, generator), got {type(source).__name__}"
-            )
-        try:
-            inspect.signature(source).bind(0, None)
-        except TypeError as error:
-            raise TypeError(
-                f"data[{name!r}]: expected a callable(step, generator), but {error}"
-            ) from None
-        except ValueError:  # a built-in without a signature
-            pass
+        _check_source(source, f"data[{name!r}]")
     return named
+
+
+def _check_source(source: object, argument: str) -> None:
+    if not callable(source):
+        raise TypeError(
+            f"{argument}: expected a callable(step, generator), got {type(source).__name__}"
+        )
+    try:
+        inspect.signature(source).bind(0, None)
+    except TypeError as error:
+        raise TypeError(f"{argument}: expected a callable(step, generator), but {error}") from None
+    except ValueError:  # a built-in without a signature
+        pass
 
 
 def learn_masks(
@@ -233,7 +236,8 @@ def learn_masks(
             callable may come bare.
         steps: number of steps in total; steps are counted from 0.
         lr, penalty, grad_clip: learning rate, coefficient of each logit (beta / batch size in
-            the published settings), clip norm or None; numbers, or mappings by set name.
+            the published settings), clip norm or None; numbers, or mappings by set name. How to
+            choose them: docs/using-masks.md.
         union_clip: clip as the published implementation does, over the logits and the
             never-cleared gradients of the weights together; one set only. It costs the weight
             gradients, and is for comparison.
@@ -242,7 +246,8 @@ def learn_masks(
         mode: "sample" or "soft".
         betas, eps: of Adam.
         batch_dim: dimension of the batch in inputs and outputs.
-        progress: show a progress bar.
+        progress: show a progress bar, with the loss of each set and the fraction of the weights
+            that it keeps, as of the last `callback_every` steps.
         checkpoint: file to write every `checkpoint_every` steps and at the end.
         resume: continue from `checkpoint` if it exists; the result is bit-identical to that of an
             unbroken run on the same machine, versions and threads (times aside).
@@ -320,10 +325,13 @@ def learn_masks(
         tau=tau,
     )
     chosen = _choose(model, data, sets)
-    losses = loss if isinstance(loss, Mapping) else dict.fromkeys(chosen, loss)
-    missing = [name for name in chosen if not callable(losses.get(name))]
-    if missing:
-        raise TypeError(f"loss: expected a callable for set {missing[0]!r}, got {loss!r}")
+    names = next(iter(masked_layers(model).values())).set_names
+    losses = {name: of_set(loss, name, "loss", names) for name in chosen}
+    for name, of_name in losses.items():
+        if not callable(of_name):
+            raise TypeError(
+                f"loss: expected a callable(output, batch) for set {name!r}, got {of_name!r}"
+            )
     learner = Learner(model, losses, chosen, settings, data_parallel=data_parallel)
     if checkpoint is not None:  # better now than after the first thousand steps
         for stream in learner.streams:
@@ -351,8 +359,8 @@ def learn_masks(
             seconds = time.perf_counter() - start
             rows = [learner.row(stream, step, seconds) for stream in learner.streams]
             metrics.extend(rows)
-            losses = ", ".join(f"{row['set']} {row['loss']:.4g}" for row in rows)
-            bar.set_postfix_str(f"loss {losses}", refresh=False)
+            each = (f"{row['set']} {row['loss']:.4g} kept {row['kept']:.1%}" for row in rows)
+            bar.set_postfix_str(f"loss {', '.join(each)}", refresh=False)
             if callback is not None:
                 callback(step, rows)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedModule
+from ..nn.granularity import check_competing
 from .batches import batch_size, call_model, cut, cuts_checked, inputs_of, join
 from .checkpoint import check_storable
 from .convert import MaskedTensor, find_record, masked_layers, masked_tensors, unwrapped
@@ -107,8 +108,15 @@ class Learner:
         self.tensors = masked_tensors(self.layers)
         self.samples = _common_samples(self.layers)
         self.taus = [layer.tau for layer in self.layers.values()]
+        for layer in self.layers.values():
+            check_competing(layer.granularity, layer.estimator.name, mode=settings.mode)
         if settings.penalty_form == "l0":
-            for tensor in self.tensors.values():
+            for name, tensor in self.tensors.items():
+                if tensor.n_of_m is not None:
+                    raise ValueError(
+                        "penalty_form: expected 'linear' for n:m masks, whose count is fixed, got "
+                        f"'l0' ({name!r} keeps {tensor.n_of_m[0]} of {tensor.n_of_m[1]})"
+                    )
                 expected_l0(tensor.logits.new_zeros(()), tensor.estimator, tensor.tau)
         _check_tensors(self.layers, self.tensors)
         first = next(iter(self.layers.values()))
@@ -153,10 +161,11 @@ class Learner:
         self, index: int, name: str, source: Data, task_loss: Loss, rows: list[Tensor]
     ) -> Stream:
         chosen, seed = self.settings, self.settings.seed
+        sets = next(iter(self.layers.values())).set_names
         generator = torch.Generator()
         generator.manual_seed(step_seed(stream_key(seed, name, "data"), 0))
         late = None if self.immediate else torch.full((), -1, device=self.device)
-        clip = _of_set(chosen.grad_clip, name, "grad_clip")
+        clip = of_set(chosen.grad_clip, name, "grad_clip", sets)
         return Stream(
             name=name,
             index=index,
@@ -164,8 +173,8 @@ class Learner:
             task_loss=task_loss,
             generator=generator,
             noise_key=stream_key(seed, name, "noise"),
-            lr=_positive(_of_set(chosen.lr, name, "lr"), "lr"),
-            penalty=_number(_of_set(chosen.penalty, name, "penalty"), "penalty"),
+            lr=_positive(of_set(chosen.lr, name, "lr", sets), "lr"),
+            penalty=_number(of_set(chosen.penalty, name, "penalty", sets), "penalty"),
             grad_clip=None if clip is None else _positive(clip, "grad_clip"),
             seed=self.seed[index],
             rows=rows,
@@ -525,10 +534,15 @@ def _checked_loss(stream: Stream, output: Any, batch: Any) -> Tensor:
     return value
 
 
-def _of_set(value: Any, name: str, argument: str) -> Any:
-    """A setting of one set, from a common value or a mapping by set name."""
+def of_set(value: Any, name: str, argument: str, sets: Sequence[str]) -> Any:
+    """A setting of one of the sets of a model, from a common value or a mapping by set name."""
     if not isinstance(value, Mapping):
         return value
+    unknown = [key for key in value if key not in sets]
+    if unknown:
+        raise ValueError(
+            f"{argument}: expected names of sets, one of {list(sets)}, got {unknown[0]!r}"
+        )
     if name not in value:
         raise ValueError(f"{argument}: no value for set {name!r}, got {list(value)}")
     return value[name]

@@ -72,13 +72,18 @@ class MaskSet(Mapping[str, Tensor]):
     def __init__(
         self,
         packed: Mapping[str, Tensor],
-        shapes: Mapping[str, torch.Size],
+        shapes: Mapping[str, torch.Size] | None = None,
         logits: Mapping[str, Tensor] | None = None,
         metadata: Mapping[str, Any] | None = None,
         mask_shapes: Mapping[str, torch.Size] | None = None,
         n_of_m: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Internal: from packed bits. Use `from_model`, `from_dict` or `load`."""
+        if shapes is None:
+            raise TypeError(
+                "MaskSet is made of bool tensors by MaskSet.from_dict(masks), of a masked model by "
+                "MaskSet.from_model, of a file by MaskSet.load"
+            )
         self._packed = dict(packed)
         self._shapes = dict(shapes)
         self._mask_shapes = dict(shapes if mask_shapes is None else mask_shapes)
@@ -226,11 +231,14 @@ class MaskSet(Mapping[str, Tensor]):
         if self._shapes != other._shapes:
             names = self._shapes.keys() | other._shapes.keys()
             name = min(n for n in names if self._shapes.get(n) != other._shapes.get(n))
-            left, right = self._shapes.get(name), other._shapes.get(name)
+            sides = [
+                f"is missing on the {side}"
+                if name not in shapes
+                else f"has shape {tuple(shapes[name])} on the {side}"
+                for shapes, side in ((self._shapes, "left"), (other._shapes, "right"))
+            ]
             raise ValueError(
-                f"the mask sets are of different models: {name!r} has shape "
-                f"{None if left is None else tuple(left)} on the left, "
-                f"{None if right is None else tuple(right)} on the right"
+                f"the mask sets are of different models: {name!r} {' and '.join(sides)}"
             )
         packed = {n: combine(self._bits(n, other), other._bits(n, self)) for n in self._packed}
         small = {

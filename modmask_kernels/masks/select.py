@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ def select_masks(
 
     Raises:
         ValueError: if there are no sets, or they are for another model or for different parameters.
+        TypeError: for a model that is no module, or masks that are no MaskSets by name.
 
     Equivalent to, for row r of the batch::
 
@@ -60,6 +62,14 @@ def select_masks(
     if masks is None:
         names = next(iter(masked_layers(model).values())).set_names
         masks = {name: MaskSet.from_model(model, name) for name in names}
+    given: Any = masks  # a MaskSet is a mapping too, of tensors
+    if isinstance(given, MaskSet) or not isinstance(given, Mapping):
+        raise TypeError(
+            f"masks: expected a mapping of names to MaskSets, got {type(given).__name__}"
+        )
+    for name, of_set in masks.items():
+        if not isinstance(of_set, MaskSet):
+            raise TypeError(f"masks[{name!r}]: expected a MaskSet, got {type(of_set).__name__}")
     if not masks:
         raise ValueError("masks: expected at least one set, got none")
     sets = list(masks.values())

@@ -93,6 +93,22 @@ def logits_shape(granularity: Any, shape: Sequence[int]) -> tuple[int, ...]:
     return shape if kind == "n:m" else (*counts, *(1 for _ in kernel))
 
 
+def check_competing(granularity: Granularity, estimator: str, **modes: object) -> None:
+    """Raise ValueError where masks would be n:m, but not the hard ones of the Gumbel-sigmoid."""
+    if granularity[0] != "n:m":
+        return
+    if estimator != "gumbel_sigmoid":
+        raise ValueError(
+            f"estimator: granularity {granularity!r} needs 'gumbel_sigmoid', got {estimator!r}"
+        )
+    for name, mode in modes.items():
+        if mode in ("soft", "noiseless"):
+            raise ValueError(
+                f"{name}: granularity {granularity!r} needs hard masks, soft ones do not compete; "
+                f"got {mode!r}"
+            )
+
+
 def n_of_m(granularity: Granularity, dims: int) -> tuple[int, int] | None:
     """(n, m) for a parameter of `dims` dimensions, where its masks are n:m."""
     if granularity[0] != "n:m" or dims < 2:

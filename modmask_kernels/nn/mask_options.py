@@ -49,13 +49,19 @@ DEFAULTS: MaskOptions = {
 }
 
 
+# what a layer has beside its options, for whoever expects it among them
+_ATTRIBUTES = ("estimator", "mode", "eval_mode", "eval_tau", "antithetic", "inclusive", "batch_dim")
+
+
 def with_defaults(options: MaskOptions, layer: str) -> MaskOptions:
     """All options; TypeError names those that the class `layer` of layers does not have."""
     unknown = sorted(options.keys() - DEFAULTS.keys())
     if unknown:
+        settable = [f"layer.{name}" for name in unknown if name in _ATTRIBUTES]
+        hint = f"; set {' and '.join(settable)} of the finished layer" if settable else ""
         raise TypeError(
             f"{layer}: expected arguments of the plain layer, or {', '.join(DEFAULTS)}, "
-            f"got {', '.join(map(repr, unknown))}"
+            f"got {', '.join(map(repr, unknown))}{hint}"
         )
     return {**DEFAULTS, **options}
 

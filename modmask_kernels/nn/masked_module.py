@@ -13,7 +13,13 @@ from .. import ops
 from ..ops._blocks import expand_blocks, times_blocks
 from ..ops.estimators import GUMBEL_SIGMOID, Estimator
 from ..ops.sample_mask.reference import threshold
-from .granularity import Granularity, check_granularity, logits_shape, n_of_m
+from .granularity import (
+    Granularity,
+    check_competing,
+    check_granularity,
+    logits_shape,
+    n_of_m,
+)
 from .mask_options import MaskOptions, with_defaults
 
 Mode = Literal["sample", "soft", "threshold", "noiseless", "off"]
@@ -269,6 +275,7 @@ class MaskedModule(nn.Module):
     @mode.setter
     def mode(self, mode: Mode | None) -> None:
         check_mode(mode)
+        check_competing(self.granularity, self._estimator.name, mode=mode)
         self._mode = mode
 
     @property
@@ -279,6 +286,7 @@ class MaskedModule(nn.Module):
     @eval_mode.setter
     def eval_mode(self, mode: Mode | None) -> None:
         check_mode(mode, "eval_mode")
+        check_competing(self.granularity, self._estimator.name, eval_mode=mode)
         self._eval_mode = mode
 
     @property
@@ -299,7 +307,9 @@ class MaskedModule(nn.Module):
 
     @estimator.setter
     def estimator(self, estimator: str | Estimator) -> None:
-        self._estimator = ops.estimators.resolve(estimator)
+        rule = ops.estimators.resolve(estimator)
+        check_competing(self.granularity, rule.name)
+        self._estimator = rule
 
     @property
     def draws(self) -> int:

@@ -24,7 +24,7 @@ TRITON_ERROR: str | None = (
 )
 """Why the Triton kernels are absent, or None."""
 if _native.FORCED_BACKEND == "triton" and TRITON_ERROR is not None:
-    raise RuntimeError(f"MODMASK_BACKEND=triton, but {TRITON_ERROR}")
+    _native.refuse(RuntimeError(f"MODMASK_BACKEND=triton, but {TRITON_ERROR}"))
 
 SOURCES = ("bits", "regenerate")
 
@@ -32,7 +32,8 @@ SOURCES = ("bits", "regenerate")
 def _forced_by_environment() -> str | None:
     value = os.environ.get("MODMASK_GPU_MASKS", "")
     if value and value not in SOURCES:
-        raise ValueError(f"MODMASK_GPU_MASKS must be one of {', '.join(SOURCES)}, not {value!r}")
+        expected = ", ".join(SOURCES)
+        _native.refuse(ValueError(f"MODMASK_GPU_MASKS must be one of {expected}, not {value!r}"))
     return value or None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modmask_kernels import analysis
+from modmask_kernels import MaskSet, analysis
 
 
 def bits(text):
@@ -155,5 +155,15 @@ def test_errors_name_the_argument():
         analysis.stability({"u": A}, {"u": A, "v": A})
     with pytest.raises(ValueError, match="exclude"):
         analysis.stability({"u": A}, {"u": A}, exclude=["w"])
+    model = MaskSet.from_dict({"u": A})
+    with pytest.raises(TypeError, match=r"a must be the mask of one tensor, got MaskSet; .*total_"):
+        analysis.iou(model, model)
+    with pytest.raises(TypeError, match=r"one tensor, got MaskSet; .*MaskSet\.density\(\)"):
+        analysis.density(model)
+    for function, own in ((analysis.total_shared, model), (analysis.shared, A)):
+        with pytest.raises(TypeError, match="others: expected a list of masks, got one MaskSet"):
+            function(own, model)
+    with pytest.raises(TypeError, match="masks of a model by parameter name, got Tensor"):
+        analysis.stability(A, A)
     with pytest.raises(TypeError, match="control"):
         analysis.remaining(A.int(), B)

@@ -393,6 +393,14 @@ def test_wrong_calls_are_refused():
     for also in (nn.LayerNorm, ["LayerNorm"]):
         with pytest.raises(TypeError, match="also: expected a list of types of modules"):
             mask_model(mlp(), also=also)
+    with pytest.warns(UserWarning, match="also: the model has no module of type LayerNorm"):
+        mask_model(mlp(), also=[nn.LayerNorm])
+    for wrong in (torch.zeros(2), {}, None):
+        expected = f"model: expected a torch.nn.Module, got {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=expected):
+            mask_model(wrong)
+        with pytest.raises(TypeError, match=expected):
+            masked_layers(wrong)
     with pytest.raises(ValueError, match="found '0' masked"):
         mask_model(mask_model(mlp()))
     with pytest.raises(ValueError, match="run the model once"):

@@ -265,9 +265,41 @@ def test_soft_masks():
     with mm.set_mode(model, "soft"):
         model(images()).sum().backward()
     assert model[0].weight_logits.grad.any()
-    model = masked(("n:m", 2, 4))
-    with mm.set_mode(model, "soft"), pytest.raises(ValueError, match=r"needs hard masks"):
-        model(images())
+
+
+N_OF_M = ("n:m", 2, 4)
+
+
+def test_n_of_m_is_refused_where_it_has_no_masks():
+    needs_gumbel = r"estimator: granularity \('n:m', 2, 4\) needs 'gumbel_sigmoid', got 'top_k'"
+    with pytest.raises(ValueError, match=needs_gumbel):
+        mm.mask_model(network(), granularity=N_OF_M, estimator="top_k")
+    with pytest.raises(ValueError, match=r"eval_mode: granularity .* needs hard masks.*'soft'"):
+        mm.mask_model(network(), granularity=N_OF_M, eval_mode="soft")
+    layer = MaskedLinear(8, 4, granularity=N_OF_M)
+    with pytest.raises(ValueError, match=needs_gumbel):
+        layer.estimator = "top_k"
+    with pytest.raises(ValueError, match=r"^mode: granularity .* needs hard masks"):
+        layer.mode = "soft"
+    layer.mode, layer.estimator = "sample", "gumbel_sigmoid"
+    model = mm.mask_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        samples=1,
+        granularity=lambda name, _: N_OF_M if name == "1" else "weight",
+    )
+    with pytest.raises(ValueError, match=r"^mode: granularity .* needs hard masks"):
+        mm.set_mode(model, "soft")
+    assert [layer.mode for layer in model] == [None, None]
+
+    def learn(**options):
+        data = lambda step, generator: torch.ones(2, 4)  # noqa: E731
+        mm.learn_masks(model, lambda y, _: y.sum(), data, 1, progress=False, **options)
+
+    with pytest.raises(ValueError, match=r"^mode: granularity .* needs hard masks"):
+        learn(mode="soft")
+    with pytest.raises(ValueError, match=r"penalty_form: .* count is fixed, got 'l0' \('1.weight'"):
+        learn(penalty_form="l0")
+    learn()
 
 
 @pytest.mark.parametrize("kind", ["row", ("n:m", 2, 4)])

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -544,7 +545,7 @@ def test_the_progress_bar_tells_rate_and_time_left(capsys):
     assert "masks of size small" in shown
     assert "300/300" in shown
     assert "step/s" in shown
-    assert "loss control" in shown
+    assert re.search(r"loss control \d\S* kept \d+\.\d%, add ", shown)
     learn(masked(), steps=2)
     assert capsys.readouterr().err == ""
 
@@ -760,6 +761,10 @@ def test_wrong_settings_are_named():
         "lr: expected a positive number, got 0": {"lr": 0},
         "penalty: expected a finite number, got nan": {"penalty": math.nan},
         "penalty: no value for set 'add', got \\['control'\\]": {"penalty": {"control": 1.0}},
+        "penalty: expected names of sets, one of .*'add'.*, got 'z'": {
+            "penalty": {"add": 1.0, "mul": 1.0, "control": 1.0, "z": 1.0}
+        },
+        "lr: expected names of sets, .* got 0": {"lr": {0: 1.0}},
         "grad_clip: expected a positive number, got -1": {"grad_clip": -1.0},
         "mode: expected one of": {"mode": "threshold"},
         "betas: expected two numbers": {"betas": (0.9, 1.0)},
@@ -795,8 +800,14 @@ def test_wrong_settings_are_named():
         learn(mlp())
     with pytest.raises(TypeError, match=r"loss: called as loss\(output, batch\) .*'add'.*tuple"):
         learn_masks(model, torch.nn.CrossEntropyLoss(), {"add": DATA["add"]}, 1)
-    with pytest.raises(TypeError, match="loss: expected a callable for set 'add'"):
+    with pytest.raises(TypeError, match=r"loss: expected a callable\(output, .* 'add', got 1"):
+        learn_masks(model, {"add": 1}, {"add": DATA["add"]}, 1)
+    with pytest.raises(ValueError, match=r"loss: no value for set 'add', got \['control'\]"):
         learn_masks(model, {"control": loss}, {"add": DATA["add"]}, 1)
+    with pytest.raises(ValueError, match=r"loss: expected names of sets, .* got 'z'"):
+        learn_masks(model, {"add": loss, "z": loss}, {"add": DATA["add"]}, 1)
+    with pytest.raises(TypeError, match=r"^data: .*\(step, generator\), but too many"):
+        learn_masks(mask_model(mlp()), loss, lambda: None, 1)
     with pytest.raises(TypeError, match=r"callback: expected a callable\(step, rows\), got int"):
         learn(model, callback=5)
     model[0].samples = 4

@@ -304,6 +304,11 @@ def test_wrong_uses_are_named():
         pytest.raises(ValueError, match=r"row_sets must have shape \[7\].*not \[3\]"),
     ):
         chosen(x)
+    for wrong, got in (([masks["a"]], "list"), (masks["a"], "MaskSet")):
+        with pytest.raises(TypeError, match=f"masks: expected a mapping .*MaskSets, got {got}$"):
+            mm.select_masks(model, wrong)
+    with pytest.raises(TypeError, match=r"masks\['b'\]: expected a MaskSet, got str"):
+        mm.select_masks(model, {"b": "file"})
     with pytest.raises(ValueError, match="masks: expected at least one set"):
         mm.select_masks(model, {})
     with pytest.raises(ValueError, match="found none; use mask_model"):

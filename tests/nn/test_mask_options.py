@@ -80,6 +80,8 @@ def test_unknown_options_are_named(maker, arguments, kind):
     arguments = copy.deepcopy(arguments)
     with pytest.raises(TypeError, match=message):
         maker(*arguments, smaples=2)
+    with pytest.raises(TypeError, match=r"got 'estimator'; set layer\.estimator of the finished"):
+        maker(*arguments, estimator="top_k")
     if isinstance(arguments[0], nn.Module):  # left as it was
         assert all(p.requires_grad for p in arguments[0].parameters())
 
