@@ -19,7 +19,7 @@ TEXTS = [
     path
     for folder in ("modmask_kernels", "csrc", "tests", "bench", "docs", ".ci")
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".h", ".cpp", ".md", ".html", "") and path.is_file()
+    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".html", "") and path.is_file()
 ] + [*ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.cff")]
 
 # absolute paths of one machine, and marks of unfinished work
