@@ -183,7 +183,9 @@ class _Reader:
         text = (
             "Asked to multiply, the network under the + mask answers with the sum in "
             f"{format_percent(product_as_sum)} of the cases; asked to add, under the × mask, with "
-            f"the product in {format_percent(sum_as_product)}."
+            f"the product in {format_percent(sum_as_product)} (of all questions; in the table "
+            "below an answer that is both counts as both, so a perfect network shows "
+            f"{self.perfect():.1f} % there)."
         )
         if every(product_as_sum, low=80) and every(sum_as_product, low=80):
             return Finding(

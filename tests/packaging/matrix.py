@@ -99,7 +99,9 @@ def page() -> str:
         "Estimators and granularities are compared, drawn and final masks, with plain PyTorch on",
         "masked weights; features, with the default estimator and one logit per weight, with the",
         "same layer without the feature. See [estimators](estimators.md), and",
-        "[granularity](granularity.md).",
+        "[granularity](granularity.md). `state_dict` both ways: that of a plain layer has no",
+        "logits, so it is loaded with `strict=False`. Each feature stands alone: a layer by",
+        "`select_masks` takes no packed sequences.",
     ]
     for title, table in tables().items():
         columns = list(next(iter(table.values())))

@@ -67,6 +67,7 @@ def test_clear_outcome(reader):
     assert "The operations share weights, 10 times chance in the hidden layers." in findings
     assert "Masked and unmasked layers still fit together." in findings
     assert "The masks are close to binary." in findings
+    assert f"a perfect network shows {reader.perfect():.1f} % there" in reader.mechanism().text
     assert reader.network().text == (
         "Without any mask it answers 100 % of the additions and 100 % of the multiplications "
         "correctly."
