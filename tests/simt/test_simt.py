@@ -13,6 +13,7 @@ import pytest
 import simt_build
 import torch
 
+SIMT_TESTS = str(Path(__file__).parent)
 SOURCE = (Path(__file__).parent / "examples.cpp").read_text(encoding="utf-8").splitlines()
 
 
@@ -220,3 +221,18 @@ simt.Device(1).run("unchecked", x=x, y=y, shared={shared})
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert re.search(r"unchecked.*examples\.cpp", done.stderr), done.stderr[-3000:]
+
+
+def test_kernels_under_address_sanitizer(sanitized, sanitizer):
+    """One odd-sized test of each kind, whose kernels may reach memory past the checks."""
+    names = ("counts", "n_of_m_of_any_m", "rows and 5", "selected_masks", "nan_is_found", "cut")
+    chosen = " or ".join(f"(test_{name})" for name in names)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, SIMT_TESTS],
+        env={**sanitizer, "MODMASK_SIMT": str(sanitized)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"\b\d{2,} passed", done.stdout), done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from mask_arguments import bytes_of, mask_arguments, top_k_cuts
@@ -90,10 +91,6 @@ class Case:
         }
         if self.bias and arguments["cuts"] is not None:
             arguments["bias_cuts"] = top_k_cuts(t["bias_logits"], draw["estimator"])
-        if self.packed:
-            drawn = {k: v for k, v in draw.items() if k != "tau"}
-            bits = ops.sample_mask_packed(t["logits"], **drawn)
-            arguments["bits"] = bits.numpy()
         results = {"y": torch.full_like(dy, 9.0), "dx": torch.full_like(t["x"], 9.0)}
         results["dlogits"] = torch.full_like(t["logits"], 9.0)
         if self.bias:
@@ -101,6 +98,11 @@ class Case:
             results["dbias_logits"] = torch.full_like(t["bias_logits"], 9.0)
         arguments |= {name: bytes_of(value) for name, value in results.items()}
         self.device = simt.Device(order)
+        if self.packed:
+            count = self.outputs * self.inputs
+            bits = np.zeros((arguments["samples"], self.sets, -(-count // 8)), np.uint8)
+            self.device.run("sample_bits", **arguments, bits=bits, count=count)
+            arguments["bits"] = bits
         self.device.run("masked_linear", **arguments)
         self.device.run("masked_linear_dx", **arguments)
         self.device.run("masked_linear_dlogits", **arguments)
@@ -185,21 +187,26 @@ def test_many_splits_in_any_order(simt, packed):
         cut.check(simt)
 
 
+@pytest.mark.parametrize("samples", [1, 4, 8])
 @pytest.mark.parametrize("packed", [False, True])
-def test_weight_and_logits_are_read_once(simt, packed):
-    """Whatever the samples: 4 samples of 8 rows, 1 block of jobs."""
-    case = Case(rows=8, outputs=64, inputs=256, sets=1, samples=4, bias=False, packed=packed)
-    tensors, dy = case.tensors()
-    case.run(simt, tensors, dy)
-    weight_bytes = 4 * 64 * 256
+def test_a_training_step_moves_seven_words_per_weight(simt, packed, samples):
+    """At most, whatever the samples, as different sectors of 32 bytes; none is read again."""
+    case = Case(rows=4, outputs=64, inputs=256, sets=1, samples=samples, bias=False, packed=packed)
+    case.run(simt, *case.tensors())
     traffic = case.device.traffic()
-    # forward, dx, and dlogits; the first two take bits instead of logits
-    assert traffic["weight"]["read_bytes"] == 3 * weight_bytes
-    assert traffic["logits"]["read_bytes"] == (1 if packed else 3) * weight_bytes
-    assert traffic["dlogits"]["written_bytes"] == weight_bytes
-    assert traffic["dlogits"]["read_bytes"] == 0
-    if packed:
-        assert traffic["bits"]["read_sectors"] * 32 <= 2 * (4 * 64 * 256 // 8) + 256
+    weights = 64 * 256
+    per_weight = {
+        name: (t["read_sectors"] + t["written_sectors"]) * 8 / weights
+        for name, t in traffic.items()
+    }
+    of_bits = 3 * samples / 32 if packed else 0.0  # written once, read twice
+    assert per_weight["weight"] == 3  # y, dx, dlogits
+    assert per_weight["logits"] == (2 if packed else 3)
+    assert per_weight["dlogits"] == 1
+    assert per_weight.get("bits", 0.0) == pytest.approx(of_bits, rel=0.1)
+    assert sum(per_weight[n] for n in ("weight", "logits", "dlogits")) + of_bits <= 7
+    for name in ("weight", "logits"):
+        assert traffic[name]["read_bytes"] == traffic[name]["read_sectors"] * 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
