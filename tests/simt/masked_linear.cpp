@@ -7,8 +7,9 @@ using namespace modmask::cuda;
 
 namespace {
 
-// f(integral_constant<MaskMode>, bool_constant<soft>, integral_constant<rows>) of a product.
-template <typename F>
+// f(integral_constant<MaskMode>, bool_constant<soft>, integral_constant<rows>) of a product. Not
+// all masks are compiled for 16-bit storage, which has nothing to do with them.
+template <typename T, typename F>
 void with_product(const MaskParams& mask, bool packed, bool soft, int rows, const F& f) {
   const auto of_rows = [&](auto mode, auto is_soft) {
     switch (rows) {
@@ -22,6 +23,10 @@ void with_product(const MaskParams& mask, bool packed, bool soft, int rows, cons
   };
   if (packed) {
     of_rows(std::integral_constant<MaskMode, MaskMode::kPacked>{}, std::false_type{});
+  } else if (!soft && mode_of(mask) == MaskMode::kPlain) {
+    of_rows(std::integral_constant<MaskMode, MaskMode::kPlain>{}, std::false_type{});
+  } else if constexpr (!std::is_same<T, float>::value) {
+    throw std::invalid_argument("dtype: these masks are compiled for float32");
   } else if (soft) {
     of_rows(std::integral_constant<MaskMode, MaskMode::kGeneral>{}, std::true_type{});
   } else {
@@ -71,7 +76,7 @@ void product(const Call& call, bool backward) {
   call.device.buffer("partials", partials.data(), partials.size() * 4, 4);
   p.partials = partials.data();
   finish.partials = partials.data();
-  with_product(
+  with_product<T>(
       p.mask, p.bits != nullptr, soft, p.plan.job_rows, [&](auto mode, auto is_soft, auto rows) {
         constexpr MaskMode kMode = decltype(mode)::value;
         constexpr bool kSoft = decltype(is_soft)::value;

@@ -124,7 +124,7 @@ def test_rows(simt, rows):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(1, 1), (1, 200), (33, 3), (32, 128), (70, 260), (64, 1030), (300, 9)]
+    ("outputs", "inputs"), [(1, 1), (1, 200), (33, 3), (32, 128), (70, 260), (3, 1030), (300, 9)]
 )
 def test_shapes(simt, outputs, inputs):
     Case(rows=3, outputs=outputs, inputs=inputs).check(simt)
@@ -178,8 +178,8 @@ def test_n_of_m(simt, inputs, n_of_m, seed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_many_splits_in_any_order(simt, packed):
-    case = Case(rows=2, outputs=5, inputs=2500, sets=1, packed=packed)
-    for cut in (case, replace(case, outputs=600, inputs=6)):
+    case = Case(rows=2, outputs=5, inputs=1100, sets=1, packed=packed)
+    for cut in (case, replace(case, outputs=290, inputs=6)):
         tensors, dy = cut.tensors()
         first, second = (cut.run(simt, tensors, dy, order) for order in (1, 2))
         for name in first:
