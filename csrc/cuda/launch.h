@@ -49,4 +49,30 @@ RnnSizes plan_rnn_here(Cell cell, int64_t steps, int64_t rows, int64_t groups, i
 void launch_rnn_forward(Cell cell, const RnnForward& p, Stream stream);
 void launch_rnn_backward(Cell cell, const RnnBackward& p, Stream stream);
 
+// What launch_top_k needs of device memory, in bytes, and where in the workspace a word is left
+// that is not 0 if a score is NaN.
+constexpr int64_t kTopKNan = 24;
+int64_t top_k_list_bytes(int64_t tensors);
+int64_t top_k_workspace_bytes();
+
+struct TopKScores {
+  const void* scores;
+  int64_t count;
+  uint8_t* mask;  // [count] of 0 and 1, or bits
+};
+
+enum class TopKType { kFloat32, kBFloat16, kFloat16 };
+
+// Masks of the k largest, or smallest, of all scores; `tensors` in the memory of the host.
+void launch_top_k(
+    TopKType type,
+    const TopKScores* tensors,
+    int64_t count,
+    int64_t k,
+    bool largest,
+    bool packed,
+    void* list,
+    void* workspace,
+    Stream stream);
+
 }  // namespace modmask::cuda

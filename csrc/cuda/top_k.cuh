@@ -2,6 +2,7 @@
 // count digits of the scores' keys, which gives the k-th key exactly; then masks are written, of
 // equal keys the first. In order, on one stream, for one TopKWorkspace:
 //
+//   top_k_list, for the tensors
 //   top_k_start
 //   three times: top_k_count, top_k_digit
 //   top_k_ties, top_k_ranks
@@ -139,6 +140,29 @@ MODMASK_DEVICE int64_t sum_before(int64_t v, SharedPointer<int64_t> sums, int64_
     total += of_warp;
   }
   return before;
+}
+
+constexpr int kTopKListed = 64;
+
+// Tensors that come as arguments, to be listed in the memory of the device.
+struct TopKList {
+  TopKTensor tensors[kTopKListed];
+  int count;
+  TopKTensor* to;
+};
+
+inline LaunchShape top_k_list_shape() {
+  return {dim3(1), dim3(kTopKListed), 0};
+}
+
+__global__ void __launch_bounds__(kTopKListed) top_k_list(TopKList p) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (t < p.count) {
+    store(&p.to[t].scores, p.tensors[t].scores);
+    store(&p.to[t].mask, p.tensors[t].mask);
+    store(&p.to[t].count, p.tensors[t].count);
+    store(&p.to[t].first_unit, p.tensors[t].first_unit);
+  }
 }
 
 __global__ void __launch_bounds__(kTopKThreads) top_k_start(TopKParams p) {

@@ -28,6 +28,14 @@ BUDGETS = {
     "sample_backward": Budget(80, wide=True),
     "sample_bits": Budget(104, wide=True),
     "sample_values": Budget(104, wide=True),
+    "top_k_count": Budget(48, shared=8192),
+    "top_k_cut": Budget(48, shared=64),
+    "top_k_digit": Budget(64, shared=64),
+    "top_k_list": Budget(32),
+    "top_k_ranks": Budget(48, shared=64),
+    "top_k_start": Budget(32),
+    "top_k_ties": Budget(48, shared=64),
+    "top_k_write": Budget(48, shared=64),
 }
 
 

@@ -28,9 +28,10 @@ void top_k(const Call& call) {
   }
   TopKWorkspace workspace;
   memset(static_cast<void*>(&workspace), 0xFF, sizeof workspace);
-  call.device.buffer("tensors", tensors.data(), tensors.size() * sizeof(TopKTensor), 8);
+  std::vector<TopKTensor> listed(tensors.size());
+  call.device.buffer("tensors", listed.data(), listed.size() * sizeof(TopKTensor), 8);
   call.device.buffer("workspace", &workspace, sizeof workspace, 4);
-  p.tensors = tensors.data();
+  p.tensors = listed.data();
   p.workspace = &workspace;
   p.cut = call.pointer<modmask::Cut>("cut");
   if (p.cut != nullptr) {  // threads write its parts
@@ -38,6 +39,14 @@ void top_k(const Call& call) {
   }
   LaunchShape shape = top_k_shape(p);
   shape.grid.x = static_cast<unsigned>(call.integer("blocks", shape.grid.x));
+  for (size_t t = 0; t < tensors.size(); t += kTopKListed) {
+    TopKList list{};
+    for (; list.count < kTopKListed && t + list.count < tensors.size(); ++list.count) {
+      list.tensors[list.count] = tensors[t + list.count];
+    }
+    list.to = listed.data() + t;
+    call.launch(top_k_list_shape(), [&] { top_k_list(list); });
+  }
   call.launch(top_k_single_shape(), [&] { top_k_start(p); });
   for (int digit = 0; digit < 3; ++digit) {
     call.launch(shape, [&] { top_k_count<T>(p); });

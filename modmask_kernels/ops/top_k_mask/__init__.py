@@ -9,10 +9,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _check, _library
 from .._masked_product import FUSED_DTYPES, uses_kernel
 from ..sample_mask import pack_bits
-from . import reference
+from . import gpu, reference
 
 
 def _reference(scores: Sequence[Tensor], k: int, largest: bool, packed: bool) -> list[Tensor]:
@@ -25,6 +26,8 @@ def _reference(scores: Sequence[Tensor], k: int, largest: bool, packed: bool) ->
 _library.define(
     "top_k_mask(Tensor[] scores, SymInt k, bool largest, bool packed) -> Tensor[]", _reference
 )
+gpu.serve(_reference)
+gpu.serve(_reference)
 
 
 @_library.fake("top_k_mask")
@@ -102,7 +105,11 @@ def top_k_mask(
 
 
 def _selected(scores: list[Tensor], k: int, largest: bool, packed: bool) -> list[Tensor]:
-    operation = torch.ops.modmask.top_k_mask.default if uses_kernel(scores[0]) else _reference
+    first = scores[0]
+    fused = uses_kernel(first) or (
+        first.is_cuda and first.dtype in FUSED_DTYPES and _native.cuda_loaded()
+    )
+    operation = torch.ops.modmask.top_k_mask.default if fused else _reference
     masks: list[Tensor] = operation(scores, k, largest, packed)
     return masks
 
