@@ -69,6 +69,19 @@ class Operand {
   std::optional<Tensor> tensor_;
 };
 
+inline ElementType element_type(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat32;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
 template <typename T>
 T* results(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());

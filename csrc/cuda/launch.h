@@ -14,6 +14,8 @@ namespace modmask::cuda {
 
 using Stream = CUstream_st*;
 
+enum class ElementType { kFloat32, kBFloat16, kFloat16 };
+
 // Of the toolkit that compiled this, as in CUDART_VERSION.
 int toolkit_version();
 
@@ -61,11 +63,9 @@ struct TopKScores {
   uint8_t* mask;  // [count] of 0 and 1, or bits
 };
 
-enum class TopKType { kFloat32, kBFloat16, kFloat16 };
-
 // Masks of the k largest, or smallest, of all scores; `tensors` in the memory of the host.
 void launch_top_k(
-    TopKType type,
+    ElementType type,
     const TopKScores* tensors,
     int64_t count,
     int64_t k,
@@ -74,5 +74,24 @@ void launch_top_k(
     void* list,
     void* workspace,
     Stream stream);
+
+// A linear layer whose rows have masks of their own.
+struct SelectLinear {
+  ElementType type;  // of x, weight, bias and y
+  int64_t rows;
+  int64_t in;
+  int64_t out;
+  const void* x;             // [rows, in]
+  const void* weight;        // [out, in]
+  const uint8_t* bits;       // [sets, ceil(out * in / 8)]
+  const int64_t* row_sets;   // [rows]
+  const void* bias;          // [out] or null
+  const uint8_t* bias_bits;  // [sets, ceil(out / 8)] or null
+  float* partials;           // as many as select_linear_partials says
+  void* y;                   // [rows, out], not empty
+};
+
+int64_t select_linear_partials(int64_t rows, int64_t in, int64_t out);
+void launch_select_linear(const SelectLinear& s, Stream stream);
 
 }  // namespace modmask::cuda

@@ -8,24 +8,11 @@ namespace modmask::cuda {
 
 namespace {
 
-TopKType type_of(const Tensor& scores) {
-  switch (scores.scalar_type()) {
-    case ScalarType::Float:
-      return TopKType::kFloat32;
-    case ScalarType::BFloat16:
-      return TopKType::kBFloat16;
-    case ScalarType::Half:
-      return TopKType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "scores must be float32, bfloat16 or float16");
-  }
-}
-
 // The masks, and one word more, which is not 0 if a score is NaN.
 std::vector<Tensor> top_k_mask(std::vector<Tensor> scores, int64_t k, bool largest, bool packed) {
   STD_TORCH_CHECK(!scores.empty(), "scores must not be empty");
   const Place place(scores[0]);
-  const TopKType type = type_of(scores[0]);
+  const ElementType type = element_type(scores[0], "scores");
   std::vector<Operand> data;
   std::vector<TopKScores> tensors;
   std::vector<Tensor> found;

@@ -33,7 +33,7 @@ int64_t top_k_workspace_bytes() {
 }
 
 void launch_top_k(
-    TopKType type,
+    ElementType type,
     const TopKScores* tensors,
     int64_t count,
     int64_t k,
@@ -60,11 +60,11 @@ void launch_top_k(
     launch("top_k_list", top_k_list, top_k_list_shape(), listed, stream);
   }
   switch (type) {
-    case TopKType::kFloat32:
+    case ElementType::kFloat32:
       return launch_all<float>(p, stream);
-    case TopKType::kBFloat16:
+    case ElementType::kBFloat16:
       return launch_all<__nv_bfloat16>(p, stream);
-    case TopKType::kFloat16:
+    case ElementType::kFloat16:
       return launch_all<__half>(p, stream);
   }
 }

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _check, _library
 from .._convolution import check_convolution, shape_of_result
-from .._masked_product import lowered, uses_kernel
-from . import reference
+from .._masked_product import FUSED_DTYPES, lowered, uses_kernel
+from . import gpu, reference
 
 __all__ = ["select_conv1d", "select_conv2d", "select_linear"]
 
@@ -22,6 +23,8 @@ _OPERANDS = (
 
 class _Selected:
     """A registered operation for inference."""
+
+    on_gpu = False
 
     def __init__(
         self,
@@ -46,7 +49,9 @@ class _Selected:
 
     def __call__(self, *arguments: Any) -> Tensor:
         y: Tensor
-        if not uses_kernel(arguments[0]):
+        x = arguments[0]
+        on_gpu = x.is_cuda and x.dtype in FUSED_DTYPES and self.on_gpu and _native.cuda_loaded()
+        if not uses_kernel(x) and not on_gpu:
             y = self._reference(*arguments)
         elif _library.traced() or torch.is_grad_enabled():
             y = self._traced(*arguments)
@@ -62,6 +67,8 @@ _linear = _Selected(
     reference.select_linear,
     lambda x, weight, *_: (*x.shape[:-1], weight.shape[0]),
 )
+_linear.on_gpu = True
+gpu.serve(reference.select_linear)
 _conv = _Selected(
     "select_conv",
     ", int[] stride, int[] padding, int[] dilation, int groups",
