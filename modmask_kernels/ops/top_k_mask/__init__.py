@@ -27,7 +27,6 @@ _library.define(
     "top_k_mask(Tensor[] scores, SymInt k, bool largest, bool packed) -> Tensor[]", _reference
 )
 gpu.serve(_reference)
-gpu.serve(_reference)
 
 
 @_library.fake("top_k_mask")
