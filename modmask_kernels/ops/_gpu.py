@@ -95,9 +95,9 @@ def device_of(index: int) -> Device:
 
 # Instructions per weight and tile beyond those of a plain product, and per weight and mask where
 # packed: docs/results/gpu/instructions.json, sm_90, rounded up.
-UNPACK = 4.0
-REGENERATE = 41.0
-PACK = 30.0
+UNPACK = 8.0
+REGENERATE = 46.0
+PACK = 27.0
 LAUNCH = 3e-6  # seconds, of one more kernel
 SHARE = 0.7  # of the ceilings that kernels reach
 

@@ -225,15 +225,12 @@ def tile_of_program(
 VARYING = (
     "bias_tensor_id",
     "element_offset",
-    "logits_stride",
-    "bias_logits_stride",
     "per_set",
     "rows",
     "sample_offset",
     "samples",
     "sets",
     "tensor_id",
-    "words_stride",
 )
 
 
@@ -352,5 +349,5 @@ def precision(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def has_large_tiles(x: Tensor) -> bool:
-    """Whether x lies on a device of compute capability 9 or 10, whose matrix units work alone."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    """Whether x lies on a device of compute capability 9, whose matrix units work alone."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9

@@ -335,7 +335,7 @@ def weight_gradients(
         last_set = first_set + 1
     for set_ in range(first_set, last_set):
         logits = tl.load(
-            logits_ptr + set_ * logits_stride.to(tl.int64) + corner + offset,
+            logits_ptr + (set_ + tl.full((), 0, tl.int64)) * logits_stride + corner + offset,
             mask=inside,
             other=0.0,
         )
@@ -438,7 +438,9 @@ def bias_gradients(
     bias = _vector(bias_ptr, n0, outputs, N)
     dbias = tl.zeros((1, N), dtype=tl.float32)
     for set_ in range(sets):
-        logits = _vector(bias_logits_ptr + set_ * bias_logits_stride.to(tl.int64), n0, outputs, N)
+        logits = _vector(
+            bias_logits_ptr + (set_ + tl.full((), 0, tl.int64)) * bias_logits_stride, n0, outputs, N
+        )
         dlogits = tl.zeros((1, N), dtype=tl.float32)
         for j in range(per_set):
             sums_ptr_ = sums_ptr + (set_ * per_set + j) * outputs.to(tl.int64)
@@ -499,12 +501,12 @@ def gradients_config(
 ) -> Config:
     """The tiles of `gradients` for groups of `rows`.
 
-    `large`: whether the device has the registers and matrix units of compute capability 9 or 10,
+    `large`: whether the device has the registers and matrix units of compute capability 9,
     and rows of the weight begin with a quad of noise.
     """
     depth = 64 if rows > 32 else 32 if rows > 16 else 16
     if dtype == torch.float32:
-        return Config(64, 64 if tf32 else 32, min(depth, 32), 8, 3)
+        return Config(64, 64, min(depth, 32), 8, 3) if tf32 else Config(64, 32, 32, 8, 2)
     return Config(64, 128 if large and rows > 32 else 64, depth, 8, 3)
 
 

@@ -10,9 +10,7 @@ from torch import Tensor
 from .._triton import UNFUSED, VARYING, Masks, draw_tile
 
 
-@triton.jit(
-    do_not_specialize=(*VARYING, "count", "skip", "first_element", "set_stride", "sample_stride")
-)
+@triton.jit(do_not_specialize=(*VARYING, "first_element", "set_stride", "sample_stride"))
 def pack_masks(
     logits_ptr,
     seed_ptr,

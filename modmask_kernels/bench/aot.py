@@ -1,0 +1,235 @@
+"""Compiles the Triton kernels for GPUs that are not here, as their launch functions would launch
+them, and reads what the compiler made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..ops import _triton
+from ..ops.masked_linear import triton as masked_linear
+from ..ops.sample_mask import triton as sample_mask
+
+KERNELS = (
+    (masked_linear, "masked_product"),
+    (masked_linear, "weight_gradients"),
+    (masked_linear, "bias_gradients"),
+    (sample_mask, "pack_masks"),
+)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+AMD = "gfx942"
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments of one call."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def with_arguments(self, **changed: Any) -> Launch:
+        """The same with other arguments."""
+        return self._replace(arguments={**self.arguments, **changed})
+
+
+@contextlib.contextmanager
+def recorded(large_tiles: bool) -> Iterator[list[Launch]]:
+    """The launches of the functions called inside, none of which runs; tensors may be on meta.
+
+    `large_tiles`: whether they shall choose as on compute capability 9.
+    """
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return self.call
+
+        def call(self, *given: Any, **named: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, given, strict=False)) | named
+            options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
+            launches.append(Launch(self.kernel, arguments, options))
+
+    with contextlib.ExitStack() as stack:
+        for module, name in KERNELS:
+            recorder = Recorder(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, recorder))
+        choice = mock.patch.object(masked_linear, "has_large_tiles", return_value=large_tiles)
+        stack.enter_context(choice)
+        yield launches
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+class Compiled(NamedTuple):
+    """What a compiler made of a launch; `sass` is empty for AMD.
+
+    Attributes:
+        assembly: PTX, or the assembly of an AMD device.
+        registers, stack, local: of a thread. shared: bytes of a block.
+    """
+
+    assembly: str
+    sass: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    threads: int
+
+    def instructions(self, loop: bool = False) -> Counter[str]:
+        """Static counts of machine instructions by mnemonic, of all or of the longest loop."""
+        line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)([^;]*);"
+        found = [(int(at, 16), name, rest) for at, name, rest in re.findall(line, self.sass)]
+        first, last = 0, 1 << 62
+        if loop:
+            targets = ((at, re.search(r"0x([0-9a-f]+)", rest)) for at, _, rest in found)
+            back = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
+            jumps = {at for at, name, _ in found if name == "BRA"}
+            first, last = max((b for b in back if b[1] in jumps), key=lambda b: b[1] - b[0])
+        return Counter(name for at, name, _ in found if first <= at <= last)
+
+
+def compile_launch(launch: Launch, target: int | str) -> Compiled:
+    """Compiles for a compute capability, 90 for instance, or an AMD architecture."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (_is_special(parameter, value) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        signature[parameter.name] = _type_of(value)
+        # memory comes from PyTorch, aligned to more than this
+        if isinstance(value, Tensor) or (_is_special(parameter, value) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    nvidia = isinstance(target, int)
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
+        options=launch.options,
+    )
+    threads = launch.options["num_warps"] * (32 if nvidia else 64)
+    if not nvidia:
+        assembly = compiled.asm["amdgcn"]
+        vgprs, spills, private = (
+            int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        )
+        return Compiled(assembly, "", vgprs, private, spills, compiled.metadata.shared, threads)
+    resources, sass = (_dump(compiled.asm["cubin"], option) for option in ("-res-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
+    assert found is not None, resources
+    registers, stack, local = (int(n) for n in found.groups())
+    shared = compiled.metadata.shared
+    return Compiled(compiled.asm["ptx"], sass, registers, stack, local, shared, threads)
+
+
+def _is_special(parameter: Any, value: Any) -> bool:
+    return isinstance(value, int) and not parameter.do_not_specialize
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.lru_cache
+def launch_of(
+    kernel: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    source: str = "bits",
+    rows: int = 2048,
+    inputs: int = 4096,
+    tf32: bool = False,
+    hard: bool = True,
+    estimator: int = 0,
+    need_weight: bool = False,
+    large_tiles: bool = True,
+    config: _triton.Config | None = None,
+) -> Launch:
+    """A kernel as a layer of 4096 outputs launches it, with 4 samples of one set.
+
+    Args:
+        kernel: `forward`, `dx`, `gradients`, `bias_gradients` or `pack`.
+        source: of the masks of a product, `bits` or `regenerate`.
+        rows: of each group.
+    """
+    outputs, samples = 4096, 4
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    logits, bias_logits = empty(1, outputs, inputs, of=torch.float32), None
+    if kernel == "bias_gradients":
+        bias_logits = empty(1, outputs, of=torch.float32)
+    masks = _triton.Masks(
+        logits,
+        bias_logits,
+        empty(1, of=torch.int64),
+        tensor_id=2,
+        bias_tensor_id=3,
+        sample_offset=0,
+        element_offset=0,
+        samples=samples,
+        tau=1.0,
+        hard=hard,
+        code=estimator,
+        low=0.0,
+        high=0.0,
+        clamp=0.0,
+        antithetic=False,
+    )
+    weight, bias = empty(outputs, inputs), empty(outputs)
+    x, dy = empty(samples * rows, inputs), empty(samples * rows, outputs)
+    with recorded(large_tiles) as launches:
+        words = sample_mask.pack(masks) if source == "bits" or kernel == "pack" else None
+        if kernel == "forward":
+            masked_linear.product(x, weight, masks, bias, words, tf32=tf32, config=config)
+        elif kernel == "dx":
+            masked_linear.product(
+                dy, weight, masks, None, words, backward=True, tf32=tf32, config=config
+            )
+        elif kernel == "gradients":
+            masked_linear.gradients(
+                dy, x, weight, masks, need_weight=need_weight, tf32=tf32, config=config
+            )
+        elif kernel == "bias_gradients":
+            sums = empty(samples, outputs, of=torch.float32)
+            masked_linear.masked_bias_gradients(sums, bias, masks)
+    return launches[-1]

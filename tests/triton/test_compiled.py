@@ -1,0 +1,136 @@
+"""The Triton kernels compiled for GPUs that are not here: what the compilers made of them."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from modmask_kernels.bench import aot, instructions
+from modmask_kernels.ops import _gpu
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "gpu"
+# bytes of shared memory that a block may have
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10, aot.AMD: 64 << 10}
+MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync", aot.AMD: "v_mfma"}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+FEW = {"source": "regenerate", "rows": 8}
+CASES = [
+    (target, kernel, BF16, options)
+    for target in SHARED
+    for kernel, options in (
+        ("forward", {}),
+        ("dx", {}),
+        ("forward", FEW),
+        ("gradients", {}),
+        ("pack", {}),
+    )
+] + [
+    (80, "forward", FP32, {"tf32": True}),
+    (90, "forward", FP32, {"tf32": True}),
+    (120, "forward", FP32, {"tf32": True, **FEW}),
+    (90, "forward", FP32, {}),
+    (90, "forward", FP16, {}),
+    (90, "dx", FP32, {"tf32": True}),
+    (90, "forward", BF16, {"source": "regenerate", "hard": False}),
+    (80, "gradients", FP32, {"tf32": True}),
+    (90, "gradients", FP32, {}),
+    (90, "gradients", FP16, {}),
+    (90, "gradients", BF16, {"rows": 8, "large_tiles": False}),
+    (90, "gradients", BF16, {"need_weight": True}),
+    (90, "forward", BF16, {"inputs": 4095}),
+    (90, "gradients", BF16, {"inputs": 4095}),
+    (90, "bias_gradients", BF16, {}),
+]
+
+
+def name_of(case):
+    target, kernel, dtype, options = case
+    chosen = "-".join(f"{k}={v}" for k, v in options.items())
+    return f"{target}-{kernel}-{str(dtype).removeprefix('torch.')}-{chosen}".rstrip("-")
+
+
+def compile_case(case):
+    target, kernel, dtype, options = case
+    options = {"large_tiles": target == 90, **options}
+    return aot.compile_launch(aot.launch_of(kernel, dtype, **options), target)
+
+
+def measured(capability):
+    return instructions.measure(capability)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    # fresh processes: this one has threads
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(2, os.cpu_count()), mp_context=context) as pool:
+        cases = {name_of(case): pool.submit(compile_case, case) for case in CASES}
+        tables = {c: pool.submit(measured, c) for c in instructions.CAPABILITIES}
+        yield lambda key: (cases if key in cases else tables)[key].result()
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_resources_and_instructions(case, compiled):
+    target, kernel, dtype, options = case
+    found = compiled(name_of(case))
+    assert found.stack == 0
+    assert found.local == 0
+    assert found.shared <= SHARED[target]
+    text = found.assembly
+    ieee = dtype == FP32 and not options.get("tf32")
+    if kernel in ("forward", "dx", "gradients") and not ieee:
+        few = options.get("rows", 64) < 64 and kernel == "forward"
+        wanted = "mma.sync" if few and target in (90, 100) else MATRIX[target]
+        assert wanted in text
+    if options.get("inputs", 4096) % 16 == 0 and kernel != "bias_gradients":
+        wide = "dwordx4" if target == aot.AMD else r"ld\.global\.v4|ld\.global\..*v4|cp\.async\.cg"
+        assert re.search(wide, text)
+    if target != aot.AMD and not ieee:
+        # the decision is made of separately rounded products and sums
+        assert not re.search(r"\bfma\.rn\S*\.f32", text)
+
+
+@pytest.mark.parametrize("target", [90, aot.AMD])
+def test_the_decision_is_not_fused(target, compiled):
+    text = compiled(name_of((target, "pack", BF16, {}))).assembly
+    assert not re.search(r"\bfma\.|v_(pk_)?(fma|fmac|mad)_f32", text)
+
+
+@pytest.mark.parametrize("capability", instructions.CAPABILITIES)
+def test_instructions_per_weight(capability, compiled):
+    """If the committed table is old: python -m modmask_kernels.bench.instructions"""
+    committed = json.loads((RESULTS / "instructions.json").read_text())
+    found = compiled(capability)
+    if triton.__version__ == committed["triton"]:
+        assert found == committed[str(capability)]
+    # unpacking is cheap, and noise costs less than its words one by one would
+    total = {name: row["all"] for name, row in found.items()}
+    assert 3 * total["bits"] < total["regenerate"] < 100
+
+
+def test_the_page_is_the_table():
+    committed = json.loads((RESULTS / "instructions.json").read_text())
+    page = (RESULTS / "instructions.md").read_text(encoding="utf-8")
+    assert page == instructions.table(committed)
+
+
+def test_the_chooser_knows_the_table():
+    row = json.loads((RESULTS / "instructions.json").read_text())["90"]
+    counted = [math.ceil(row[name]["all"]) for name in ("bits", "regenerate", "pack")]
+    assert counted == [_gpu.UNPACK, _gpu.REGENERATE, _gpu.PACK]
+
+
+def test_nothing_of_it_needs_a_driver():
+    code = "import modmask_kernels.bench.aot as a; print(a.launch_of('pack').options['num_warps'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "4", done.stderr
