@@ -178,13 +178,16 @@ def enabled() -> bool:
     return available() and FORCED_BACKEND != "reference"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cuda_loaded() -> bool:
     """Whether the CUDA kernels load and are not ruled out by MODMASK_BACKEND.
 
     Compilers take the answer as it is and do not trace how a library is loaded.
     """
     return FORCED_BACKEND in (None, "cuda") and cuda_load_error() is None
+
+
+# as torch.compiler.assume_constant_result, which would import the compiler, three seconds
+cuda_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cuda_unserved(device: torch.device) -> str | None:

@@ -1,0 +1,63 @@
+"""The predicted times on GPUs: what is counted, and that the committed page is what it gives."""
+
+from pathlib import Path
+
+import pytest
+
+from modmask_kernels.bench import roofline
+from modmask_kernels.files import read_json
+from modmask_kernels.ops import _gpu
+
+RESULTS = Path(__file__).parents[2] / "docs/results/gpu"
+COUNTS = {
+    name: {"all": count}
+    for name, count in {"bits": 4.0, "regenerate": 40.0, "pack": 30.0, "slope": 50.0}.items()
+}
+H100 = _gpu.DEVICES[1]
+
+
+def test_work_of_a_step():
+    """By hand: 4096 x 2048 weights of 2 bytes, 4 samples of 64 rows, masks from bits."""
+    layer = roofline.Layer(4096, 2048, 256, 4, "bfloat16")
+    assert roofline.source_of(layer, H100) == "bits"
+    step = {work.name: work for work in roofline.masked_step(layer, H100, COUNTS)}
+    weights = 4096 * 2048
+    bits = 4 * weights // 8
+    rows = 256 * (4096 + 2048) * 2
+    assert step["masks of forward"] == step["masks of dx"]._replace(name="masks of forward")
+    assert step["masks of dx"][1:] == (4 * weights + bits, 0.0, 30.0 * 4 * weights)
+    for name in ("forward", "dx"):
+        # one tile of rows for each sample
+        assert step[name][1:] == (2 * weights + rows + bits, 2 * 256 * weights, 4.0 * 4 * weights)
+    assert step["dlogits"][1:] == (
+        *(2 * weights + rows + 2 * 4 * weights, 2 * 256 * weights, 50.0 * 4 * weights),
+    )
+    words = roofline.words_per_weight(list(step.values()), layer)
+    assert words == pytest.approx(2 + 3 * 0.5 + 2 + 4 * 4 / 32)
+
+
+@pytest.mark.parametrize("dtype", roofline.DTYPES)
+def test_predictions_lie_above_floors_and_grow(dtype):
+    rows = [
+        roofline.row_of(roofline.Layer(1024, 1024, batch, 4, dtype), H100, COUNTS)
+        for batch in roofline.BATCHES
+    ]
+    for row in rows:
+        assert 0 < row["seconds"]["floor"] < row["seconds"]["masked"]
+        assert row["ratio_with_bfloat16_logits"] <= row["ratio_to_plain"]
+        assert row["compiled"] < row["naive"]
+    masked = [row["seconds"]["masked"] for row in rows]
+    assert masked == sorted(masked)
+    # many rows hide what masks cost
+    assert rows[-1]["ratio_to_plain"] < rows[0]["ratio_to_plain"]
+
+
+def test_committed_prediction_is_what_the_command_gives(tmp_path, monkeypatch):
+    monkeypatch.chdir(RESULTS.parents[2])
+    assert roofline.main(["--out", str(tmp_path)]) == 0
+    found, committed = (read_json(folder / "roofline.json") for folder in (tmp_path, RESULTS))
+    assert found == committed
+    for name in ("roofline.md", "roofline-dark.svg", "roofline-light.svg"):
+        assert (tmp_path / name).is_file()
+    pages = [(folder / "roofline.md").read_text() for folder in (tmp_path, RESULTS)]
+    assert pages[0] == pages[1]
