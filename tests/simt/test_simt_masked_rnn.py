@@ -10,8 +10,8 @@ import pytest
 import torch
 from ops.tolerance import check_close
 
-from modmask_kernels import ops
-from modmask_kernels.ops import estimators
+from modmask_kernels import _native, ops
+from modmask_kernels.ops import _library, estimators
 from modmask_kernels.ops import masked_rnn as masked_rnn_module
 from modmask_kernels.ops.masked_rnn import gpu
 from modmask_kernels.ops.masked_rnn.reference import CELLS, GATES, masked_rnn
@@ -342,3 +342,28 @@ def test_plans_fit_the_device(simt, cell, hidden):
         units, rows = plan
         assert 0 < rows <= 16
         assert 4 * -(-hidden // units) <= multiprocessors
+
+
+def test_sizes_that_fit_no_device_go_to_the_reference(monkeypatch):
+    served = {}
+    monkeypatch.setattr(_library, "implement", lambda name, _, call: served.update({name: call}))
+    monkeypatch.setattr(_native, "cuda_unserved", lambda device: None)
+    asked = []
+    monkeypatch.setattr(_native, "rnn_fits", lambda device, *sizes: asked.append(sizes))
+    module = masked_rnn_module
+    gpu.serve(module._reference, module._backward_reference)
+    x, weights = torch.randn(3, 8, 5), (torch.randn(8, 5), torch.randn(8, 2))
+    operands = (x, None, None, *weights, *(torch.randn_like(w) for w in weights), *4 * (None,))
+    rest = (torch.tensor(1), None, 0, False, (0, 1, 2, 3), 0, 2, 1.0, True)
+    rest += estimators.arguments("gumbel_sigmoid", False)
+    y, h_n, c_n, saved = served["masked_rnn"](*operands, *rest)
+    for t, exact in zip((y, h_n, c_n), module._reference(*operands, *rest)[:3], strict=True):
+        assert torch.equal(t, exact)
+    # what the fake kernel promises to compilers
+    assert saved.shape == (3, 8, SAVED, 2)
+    needs = sum(1 << i for i, t in enumerate(operands) if t is not None)
+    arguments = (torch.ones_like(y), None, None, y, saved, *operands, *rest, needs)
+    found = served["masked_rnn_backward"](*arguments)
+    for t, exact in zip(found, module._backward_reference(*arguments), strict=True):
+        assert torch.equal(t, exact)
+    assert asked == 2 * [(0, 3, 4, 2, 2)]

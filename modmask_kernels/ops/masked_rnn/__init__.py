@@ -162,8 +162,7 @@ def _backward(
     )
 
 
-_library.implement("masked_rnn", "CUDA", gpu.forward)
-_library.implement("masked_rnn_backward", "CUDA", gpu.backward)
+gpu.serve(_reference, _backward_reference)
 _differentiate = _library.differentiable_once("masked_rnn_backward", _batching.recurrent_backward)
 _operation = _library.differentiable("masked_rnn", _setup_context, _backward, _batching.recurrent)
 

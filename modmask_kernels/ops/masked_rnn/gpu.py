@@ -7,6 +7,7 @@ sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,30 +39,53 @@ SAVED = 5
 def unserved(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weight_ih: Tensor, *rest: Any
 ) -> str | None:
-    """Why no kernel serves these arguments of the operation and the reference does, or None."""
+    """Why no kernel serves these arguments of the operation and the reference does, or None.
+
+    What depends on the device is asked below the dispatcher, where no compiler looks on.
+    """
     weight_hh, logits_ih, logits_hh, bias_ih, bias_hh, bias_logits_ih, bias_logits_hh = rest[:7]
-    seed, _, cell, _, ids, offset, samples, tau, hard, *how = rest[7:]
+    seed, _, _, _, ids, offset, samples, tau, hard, *how = rest[7:]
     if not hard:
         return "no GPU kernel for soft masks of a recurrent layer"
     if seed is not None and seed.dim() > 1:
         return "no GPU kernel for several draws of a set"
+    if not _native.cuda_loaded():
+        return "the CUDA kernels are absent or ruled out"
     of_input = (x, weight_ih, logits_ih, bias_ih, bias_logits_ih)
     of_state = (x, weight_hh, logits_hh, bias_hh, bias_logits_hh)
     for i, operands in enumerate((of_input, of_state)):
         reason = product.unserved(*operands, seed, *_draw(ids, i, offset, samples, tau, how))
         if reason is not None:
             return reason
-    reason = _native.cuda_problem(x.device.index or 0)
-    if reason is not None:
-        return reason
-    sets = logits_hh.shape[0] if logits_hh.dim() == 3 else 1
-    groups = sets * (1 if seed is None else samples)
-    hidden = weight_hh.shape[1]
-    if not x.shape[1] or not hidden:
-        return "nothing to compute"
-    if not _native.rnn_fits(x.device, cell, x.shape[0], x.shape[1] // groups, groups, hidden):
-        return f"{groups} groups of {hidden} hidden units do not fit the device at once"
     return None
+
+
+def serve(reference: Callable[..., Any], backward_reference: Callable[..., Any]) -> None:
+    """Serve the operations on CUDA tensors, by a reference where the loop does not fit a device."""
+
+    def fits(arguments: Sequence[Any]) -> bool:
+        x, weight_hh, logits_hh = arguments[0], arguments[4], arguments[6]
+        seed, cell, samples = arguments[11], arguments[13], arguments[17]
+        sets = logits_hh.shape[0] if logits_hh.dim() == 3 else 1
+        groups = sets * (1 if seed is None else samples)
+        (steps, batch, _), hidden = x.shape, weight_hh.shape[1]
+        if not batch or not hidden or _native.cuda_unserved(x.device) is not None:
+            return False
+        return _native.rnn_fits(x.device, cell, steps, batch // groups, groups, hidden)
+
+    def choose(*arguments: Any) -> tuple[Tensor, ...]:
+        if fits(arguments):
+            return forward(*arguments)
+        y, h_n, c_n, _ = reference(*arguments)
+        return y, h_n, c_n, y.new_empty(*y.shape[:2], SAVED, y.shape[2])
+
+    def choose_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        call = backward if fits(arguments[5:]) else backward_reference
+        gradients: tuple[Tensor, ...] = call(*arguments)
+        return gradients
+
+    _library.implement("masked_rnn", "CUDA", choose)
+    _library.implement("masked_rnn_backward", "CUDA", choose_backward)
 
 
 def _draw(ids: Any, i: int, offset: int, samples: int, tau: float, how: Any) -> tuple[Any, ...]:
