@@ -73,15 +73,16 @@ def unpacked(checkout, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheel(request):
+def wheel(request, tmp_path_factory):
     """The wheel that the source distribution builds, with the CUDA kernels.
 
     MODMASK_TEST_WHEEL names one that is built already.
     """
     if "MODMASK_TEST_WHEEL" in os.environ:
         return Path(os.environ["MODMASK_TEST_WHEEL"])
-    unpacked = request.getfixturevalue("unpacked")
+    source = tmp_path_factory.mktemp("wheel") / "source"
+    shutil.copytree(request.getfixturevalue("unpacked"), source)  # which stays as it is
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
-    done = build("wheel", unpacked, environment={**environment, "MODMASK_CUDA": "1"})
+    done = build("wheel", source, environment={**environment, "MODMASK_CUDA": "1"})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return unpacked / "dist" / done.stdout.splitlines()[-1]
+    return source / "dist" / done.stdout.splitlines()[-1]
