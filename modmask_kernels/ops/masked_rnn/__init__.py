@@ -279,7 +279,9 @@ def _masked_rnn(
             (bias_logits_hh, 1),
         )
     )
-    if lengths is not None and batch and not (_library.traced() or lengths.is_meta):
+    # a graph that is being recorded cannot wait for the answer
+    recorded = lengths is not None and lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+    if lengths is not None and batch and not (_library.traced() or lengths.is_meta or recorded):
         low, high = (int(n) for n in lengths.aminmax())
         if low < 0 or high > x.shape[0]:
             raise ValueError(
