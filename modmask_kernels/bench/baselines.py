@@ -54,7 +54,7 @@ def naive_masked_linear(
     Returns:
         `[batch, out]`.
     """
-    masked = weight * gumbel_sigmoid(logits, samples)
+    masked = weight * gumbel_sigmoid(logits, samples).to(weight.dtype)
     if samples == 1:
         return F.linear(x, masked, bias)
     y = torch.bmm(x.view(samples, -1, x.shape[-1]), masked.transpose(1, 2))
@@ -86,7 +86,7 @@ def naive_masked_conv2d(
     Returns:
         `[batch, out, height, width]`.
     """
-    masked = weight * gumbel_sigmoid(logits, samples)
+    masked = weight * gumbel_sigmoid(logits, samples).to(weight.dtype)
     if samples == 1:
         return F.conv2d(
             x, masked[0] if masked.dim() > 4 else masked, bias, stride, padding, 1, groups

@@ -52,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         "top_k: the k largest of many scores; "
         "antithetic: what a pair of antithetic samples is worth [all]",
     )
+    out.add_argument(
+        "--gpu",
+        action="store_true",
+        help="tests, compute-sanitizer and times of a GPU instead, with options of their own: "
+        "modmask bench --gpu --help",
+    )
     out.add_argument("--quick", action="store_true", help="few rows and rounds, a few minutes")
     out.add_argument(
         "--out",

@@ -14,12 +14,13 @@ _SERIES = {
     "compiled": ("compiled naive", "third", "^"),
     "naive": ("naive", "second", "s"),
     "neurosurgeon": ("NeuroSurgeon", "fourth", "D"),
+    "predicted": ("fused, predicted", "plain", "x"),
 }
 _TITLE = "Time relative to the plain layer or step"
 _ROW_HEIGHT = 0.25
 _PANEL_HEIGHT = 1.0
 
-_Panel = tuple[str, list[str], list[dict[str, float]], list[float | None]]
+Panel = tuple[str, list[str], list[dict[str, float]], list[float | None]]
 
 
 def _short_conv_label(row: Row) -> str:
@@ -31,7 +32,7 @@ def _short_conv_label(row: Row) -> str:
     )
 
 
-def _time_panel(results: Results) -> _Panel | None:
+def _time_panel(results: Results) -> Panel | None:
     labels: list[str] = []
     points: list[dict[str, float]] = []
     targets: list[float | None] = []
@@ -63,7 +64,7 @@ def _time_panel(results: Results) -> _Panel | None:
     return (_TITLE, labels, points, targets) if labels else None
 
 
-def _memory_panel(results: Results) -> _Panel | None:
+def _memory_panel(results: Results) -> Panel | None:
     labels: list[str] = []
     points: list[dict[str, float]] = []
     for row in results.get("memory", []):
@@ -76,7 +77,7 @@ def _memory_panel(results: Results) -> _Panel | None:
     return (title, labels, points, [None] * len(labels)) if labels else None
 
 
-def _draw_panel(axes: Any, theme: Any, panel: _Panel) -> None:
+def _draw_panel(axes: Any, theme: Any, panel: Panel) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     title, labels, points, targets = panel
@@ -133,11 +134,21 @@ def _draw_panel(axes: Any, theme: Any, panel: _Panel) -> None:
 
 def figure_of(results: Results) -> Figure | None:
     """The figure, not yet drawn; None if nothing was measured."""
-    panels: Sequence[_Panel] = [
-        panel for panel in (_time_panel(results), _memory_panel(results)) if panel is not None
-    ]
+    panels = [panel for panel in (_time_panel(results), _memory_panel(results)) if panel]
     if not panels:
         return None
+    return figure_of_panels(
+        "speed",
+        panels,
+        "Rows: layer, batch, samples; for convolutions channels, kernel (/stride, g "
+        "groups), samples; for LSTMs layers x units, samples. The vertical line is the plain layer "
+        "(or the ordinary training step); left is better. The scale is logarithmic; numbers are "
+        "those of the fused kernel.",
+    )
+
+
+def figure_of_panels(name: str, panels: Sequence[Panel], caption: str) -> Figure:
+    """Panels below each other: a title, labels, and at each the ratios by series and a target."""
     heights = [_ROW_HEIGHT * len(panel[1]) + _PANEL_HEIGHT for panel in panels]
 
     def draw(canvas: Any, theme: Any) -> None:
@@ -155,11 +166,8 @@ def figure_of(results: Results) -> Figure | None:
         for label, point in zip(panel[1], panel[2], strict=True)
     )
     return Figure(
-        name="speed",
-        caption="Rows: layer, batch, samples; for convolutions channels, kernel (/stride, g "
-        "groups), samples; for LSTMs layers x units, samples. The vertical line is the plain layer "
-        "(or the ordinary training step); left is better. The scale is logarithmic; numbers are "
-        "those of the fused kernel.",
+        name=name,
+        caption=caption,
         alt=f"{panels[0][0]}. {rows}.",
         draw=draw,
         size=(4.4, sum(heights) + 0.4),

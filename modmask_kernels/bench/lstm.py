@@ -49,7 +49,7 @@ def cases(quick: bool = False) -> list[LSTMCase]:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class LSTMProblem:
     """A plain layer, its input [steps, batch, units] and the gradient from above."""
 
     plain: nn.LSTM
@@ -58,7 +58,8 @@ class _Problem:
     samples: int
 
     @staticmethod
-    def of(case: LSTMCase) -> _Problem:
+    def of(case: LSTMCase) -> LSTMProblem:
+        """Random operands on the CPU, float32."""
         generator = torch.Generator().manual_seed(0)
         plain = nn.LSTM(case.units, case.units, case.layers)
         with torch.no_grad():
@@ -66,11 +67,18 @@ class _Problem:
                 bound = case.units**-0.5
                 parameter.uniform_(-bound, bound, generator=generator)
         shape = (case.steps, case.batch, case.units)
-        return _Problem(
+        return LSTMProblem(
             plain,
             torch.randn(shape, generator=generator),
             torch.randn(shape, generator=generator),
             case.samples,
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LSTMProblem:
+        """The same elsewhere, in another dtype."""
+        plain = copy.deepcopy(self.plain).to(device, dtype)
+        return LSTMProblem(
+            plain, self.x.to(device, dtype), self.grad.to(device, dtype), self.samples
         )
 
     def masked(self, masked_type: type[Layer]) -> Layer:
@@ -98,24 +106,25 @@ class _Problem:
         """Output and gradients under one seed."""
         layer.to(dtype)
         x = self.x.to(dtype).requires_grad_()
-        layer.seed = torch.tensor([7])
+        layer.seed = torch.tensor([7], device=self.x.device)
         logits = {name: layer.logits_of(name) for name in layer.masked}
         y = layer(x)[0]
         grads = torch.autograd.grad(y, (x, *logits.values()), self.grad.to(dtype))
         return dict(zip(("y", "grad_x", *logits), (y.detach(), *grads), strict=True))
 
 
-def check(problem: _Problem) -> dict[str, float]:
+def check(problem: LSTMProblem) -> dict[str, float]:
     """Compares the fused layer with the general path (the plain layer per group) in float64.
 
     Raises:
-        GateError: an error is larger than twice that of the general path in float32, plus one unit
-            in the last place of the largest entry.
+        GateError: an error is larger than twice that of the general path in the dtype of the
+            problem, plus one unit in the last place of the largest entry.
     """
+    dtype = problem.x.dtype
     return check_results(
         "masked_lstm",
-        ours=problem.results(problem.masked(MaskedLSTM), torch.float32),
-        plain=problem.results(problem.masked(MaskedAny), torch.float32),
+        ours=problem.results(problem.masked(MaskedLSTM), dtype),
+        plain=problem.results(problem.masked(MaskedAny), dtype),
         exact=problem.results(problem.masked(MaskedAny), torch.float64),
     )
 
@@ -129,7 +138,7 @@ def run_case(case: LSTMCase, *, rounds: int, visit_seconds: float = 0.1) -> dict
     Raises:
         GateError: a candidate is wrong; nothing is timed then.
     """
-    problem = _Problem.of(case)
+    problem = LSTMProblem.of(case)
     error_shares = check(problem)
     fused = problem.masked(MaskedLSTM)
     fused_step = problem.step(fused, [fused.logits_of(name) for name in fused.masked])

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +42,22 @@ class Selected:
     row_sets: Tensor
 
     @staticmethod
-    def random(case: SelectCase) -> Selected:
+    def random(
+        case: SelectCase,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Selected:
         """Masks that keep half of the weights."""
-        generator = torch.Generator().manual_seed(0)
-        normal = functools.partial(torch.randn, generator=generator)
+        generator = torch.Generator(device).manual_seed(0)
+        given: dict[str, Any] = {"generator": generator, "device": device}
         shape = (case.out_features, case.in_features)
-        dense = torch.rand(case.sets, *shape, generator=generator) < 0.5
+        dense = torch.rand(case.sets, *shape, **given) < 0.5
         return Selected(
-            x=normal(case.batch, case.in_features),
-            weight=normal(*shape) / math.sqrt(case.in_features),
+            x=torch.randn(case.batch, case.in_features, **given).to(dtype),
+            weight=(torch.randn(*shape, **given) / math.sqrt(case.in_features)).to(dtype),
             masks=torch.stack([ops.pack_bits(mask) for mask in dense]),
             dense=dense,
-            row_sets=torch.randint(case.sets, (case.batch,), generator=generator),
+            row_sets=torch.randint(case.sets, (case.batch,), **given),
         )
 
 
@@ -105,7 +110,7 @@ def check(problem: Selected) -> float:
         name: float((CANDIDATES[name](problem) - exact).abs().max())
         for name in ("fused", "naive", "by set")
     }
-    unit = float(exact.abs().max()) * torch.finfo(torch.float32).eps
+    unit = float(exact.abs().max()) * torch.finfo(problem.x.dtype).eps
     allowed = 2 * errors["naive"] + unit
     for name, error in errors.items():
         if not error <= allowed:

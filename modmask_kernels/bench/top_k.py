@@ -26,7 +26,7 @@ Select = Callable[[Tensor, int], Tensor]
 
 
 def _topk(scores: Tensor, k: int) -> Tensor:
-    kept = torch.zeros(scores.shape, dtype=torch.bool)
+    kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     kept[torch.topk(scores, k, sorted=False).indices] = True
     return kept
 

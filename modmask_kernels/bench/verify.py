@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from .. import ops
 from ..ops.masked_conv import reference as conv_reference
 from ..ops.masked_linear import reference as linear_reference
 from ..ops.sample_mask import reference as mask_reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GateError(RuntimeError):
@@ -41,10 +44,16 @@ class Problem:
 
     @staticmethod
     def random(
-        out_features: int, in_features: int, batch: int, samples: int, *, seed: int = 0
+        out_features: int,
+        in_features: int,
+        batch: int,
+        samples: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> Problem:
         """Standard normal activations, weights of a freshly made layer, logits around 2."""
-        normal = _normal(seed)
+        normal = _normal(seed, device)
         return Problem(
             x=normal(batch, in_features),
             weight=normal(out_features, in_features) / math.sqrt(in_features),
@@ -53,6 +62,11 @@ class Problem:
             grad=normal(batch, out_features),
             samples=samples,
         )
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same with everything but the logits in another dtype."""
+        names = ("x", "weight", "bias", "grad")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without masks."""
@@ -96,9 +110,10 @@ class ConvProblem(Problem):
         stride: int = 1,
         groups: int = 1,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> ConvProblem:
         """Square images of `size`, padded so that a stride of 1 keeps the size."""
-        normal = _normal(seed)
+        normal = _normal(seed, device)
         shape = (out_channels, in_channels // groups, kernel, kernel)
         out_size = (size + 2 * (kernel // 2) - kernel) // stride + 1
         return ConvProblem(
@@ -146,11 +161,11 @@ class ConvProblem(Problem):
         )
 
 
-def _normal(seed: int) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _normal(seed: int, device: torch.device | str) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     return normal
 
@@ -173,8 +188,8 @@ def check_fused(
 ) -> dict[str, float]:
     """Compares a fused operation with its reference in float64.
 
-    The error of each result must be at most twice that of the reference in float32, plus one unit
-    in the last place of the largest entry.
+    The error of each result must be at most twice that of the reference in the dtype of the
+    inputs, plus one unit in the last place of the largest entry.
 
     Args:
         problem: the inputs.
@@ -187,7 +202,7 @@ def check_fused(
     Raises:
         GateError: an error is larger than allowed, or not a number.
     """
-    key = torch.tensor(seed)
+    key = torch.tensor(seed, device=problem.x.device)
     candidate = function or problem.fused
 
     def reference(x: Tensor, logits: Tensor) -> Tensor:
@@ -212,7 +227,7 @@ def check_results(
     plain: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Compares results by name: ours and plain ones in float32, exact ones in float64.
+    """Compares results by name: ours and plain ones in one dtype, exact ones in float64.
 
     Returns:
         name of the result to its error over the allowed one.
@@ -225,7 +240,7 @@ def check_results(
     for name, oracle in exact.items():
         largest = float(oracle.abs().max())
         allowed = 2.0 * float((plain[name] - oracle).abs().max())
-        allowed += torch.finfo(torch.float32).eps * largest
+        allowed += torch.finfo(plain[name].dtype).eps * largest
         error = float((ours[name] - oracle).abs().max())
         # written so that an error that is not a number fails
         if not error <= allowed:

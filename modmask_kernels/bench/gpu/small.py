@@ -1,0 +1,110 @@
+"""Every kernel once on a small shape, for compute-sanitizer, under which nothing is quick.
+
+`compute-sanitizer --tool memcheck python -m modmask_kernels.bench.gpu.small`
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops import _gpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SETS, SAMPLES = 2, 2
+
+
+def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _backward(call: Callable[..., Tensor], tensors: dict[str, Tensor], **options: Any) -> None:
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    y = call(**leaves, samples=SAMPLES, **options)
+    torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+
+
+def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names and what they run."""
+    seed = torch.arange(SETS, device=device)
+    logits = _normal(device, torch.float32, SETS, 37, 70)
+    for estimator in ("gumbel_sigmoid", "hard_concrete", "sigmoid"):
+        draw: dict[str, Any] = {"seed": seed, "estimator": estimator}
+        yield (
+            f"sample_mask, {estimator}",
+            functools.partial(_backward, ops.sample_mask, {"logits": logits.clone()}, **draw),
+        )
+        yield (
+            f"sample_mask_packed, {estimator}",
+            functools.partial(ops.sample_mask_packed, logits, samples=3, **draw),
+        )
+    yield "n of m", lambda: ops.sample_mask_packed(logits, seed=seed, n_of_m=(2, 5))
+    yield "pack_bits", lambda: ops.pack_bits(logits > 0)
+
+    def product(
+        operation: Callable[..., Tensor], x: tuple[int, ...], weight: tuple[int, ...], dtype: Any
+    ) -> Callable[[], object]:
+        of = functools.partial(_normal, device)
+        tensors = {
+            "x": of(dtype, *x),
+            "weight": of(dtype, *weight),
+            "logits": of(torch.float32, SETS, *weight),
+            "bias": of(dtype, weight[0]),
+            "bias_logits": of(torch.float32, SETS, weight[0]),
+        }
+        return functools.partial(_backward, operation, tensors, seed=seed)
+
+    def recurrent(dtype: torch.dtype) -> None:
+        of = functools.partial(_normal, device)
+        tensors = {"x": of(dtype, 3, 8, 7)}
+        tensors |= {"weight_ih": of(dtype, 72, 7), "weight_hh": of(dtype, 72, 18)}
+        tensors |= {
+            f"logits_{n}": of(torch.float32, SETS, 72, c) for n, c in (("ih", 7), ("hh", 18))
+        }
+        _backward(lambda **given: ops.masked_lstm(**given)[0], tensors, seed=seed)
+
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for source in _gpu.SOURCES:
+            choose = functools.partial(_gpu.choose, forced=source)
+            for rows, inputs in ((3, 70), (17, 64)):
+                step = product(ops.masked_linear, (4 * rows, inputs), (37, inputs), dtype)
+                patched = mock.patch.object(_gpu, "choose", choose)(step)
+                yield f"masked_linear, {name}, {source}, {rows} rows", patched
+        conv = product(ops.masked_conv2d, (4, 3, 7, 6), (5, 3, 3, 3), dtype)
+        yield f"masked_conv2d, {name}", conv
+        yield f"masked_lstm, {name}", functools.partial(recurrent, dtype)
+        scores = _normal(device, dtype, 3001)
+        yield f"top_k_mask, {name}", functools.partial(ops.top_k_mask, scores, 777)
+        bits = ops.sample_mask_packed(logits, seed=seed)[0]
+        rows_of = torch.arange(5, device=device) % SETS
+        operands = (_normal(device, dtype, 5, 70), _normal(device, dtype, 37, 70))
+        yield (
+            f"select_linear, {name}",
+            functools.partial(ops.select_linear, *operands, bits, rows_of),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs them, each to its end before the next."""
+    parser = argparse.ArgumentParser(prog="python -m modmask_kernels.bench.gpu.small")
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args(argv).device)
+    for name, call in calls(device):
+        print(name, flush=True)
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
