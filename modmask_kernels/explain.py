@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from .nn import (
     MaskedAny,
+    MaskedConv1d,
+    MaskedConv2d,
     MaskedLinear,
     MaskedModule,
     MaskedMultiheadAttention,
@@ -14,6 +16,7 @@ from .nn import (
 )
 from .nn.masked_transposed import InsOuts
 from .ops._blocks import scaled_side
+from .ops.masked_conv import gpu as conv_gpu
 from .ops.masked_linear import explain as explain_product
 from .ops.masked_linear import gpu
 
@@ -57,10 +60,11 @@ def _explain_layer(module: MaskedModule) -> tuple[str, str]:
     name = module.masked[0]
     parameter, logits = module.get_parameter(name), module.logits_of(name)
     backend, reason = explain_product(parameter)
+    of = (parameter, logits, module.samples, module.estimator, module.n_of_m(name))
     if parameter.is_cuda and isinstance(module, (MaskedLinear, MaskedMultiheadAttention)):
-        backend, reason = gpu.explain(
-            parameter, logits, module.samples, module.estimator, module.n_of_m(name)
-        )
+        backend, reason = gpu.explain(*of)
+    elif parameter.is_cuda and isinstance(module, (MaskedConv1d, MaskedConv2d)):
+        backend, reason = conv_gpu.explain(*of)
     if logits.shape[1:] == parameter.shape:
         return backend, reason
     if isinstance(module, InsOuts):

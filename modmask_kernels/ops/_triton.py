@@ -125,6 +125,70 @@ def _surrogate(logits, u, rest, ue, tau, UNIT_TAU: tl.constexpr):
 
 
 @triton.jit
+def number_of(sample, ANTITHETIC: tl.constexpr):
+    """The sample whose noise a sample has."""
+    if ANTITHETIC:
+        return sample >> 1
+    return sample
+
+
+@triton.jit
+def noise_at(element, sample, tensor_id, key):
+    """The noise words of elements wherever they are, uint32, a Philox for each."""
+    w0, w1, w2, w3 = _philox(element >> 2, sample, tensor_id, key)
+    two = (element & 2) != 0
+    one = (element & 1) != 0
+    return tl.where(two, tl.where(one, w3, w2), tl.where(one, w1, w0))
+
+
+@triton.jit
+def draw(
+    logits,
+    words,
+    sample,
+    tau,
+    low,
+    high,
+    least,
+    most,
+    NOISE: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    UNIT_TAU: tl.constexpr,
+):
+    """(kept, soft value, its slope) of logits; what a caller ignores costs nothing.
+
+    Args:
+        words: with NOISE, the noise of every logit, of the sample `number_of` says.
+    """
+    if ESTIMATOR == THRESHOLD:
+        kept = (logits > low) | ((logits == low) & (high != 0))
+        value = kept.to(tl.float32)
+        slope = tl.full(logits.shape, 1.0, tl.float32)
+    else:
+        if NOISE:
+            if ANTITHETIC:  # 1 - u of a word is u of its complement
+                words = words ^ (0 - (sample & 1)).to(tl.uint32)
+            u = uniform(words)
+            if ESTIMATOR == HARD_CONCRETE:
+                u = tl.minimum(tl.maximum(u, least), most)
+            rest = 1.0 - u
+            ue = u * exp_minus(logits)
+            kept = ue < rest
+        else:
+            u = tl.full(logits.shape, 0.5, tl.float32)
+            rest = u
+            ue = u * exp_minus(logits)
+            kept = logits > 0
+        value, slope = _surrogate(logits, u, rest, ue, tau, UNIT_TAU)
+        if ESTIMATOR == HARD_CONCRETE:
+            value = value * (high - low) + low
+            slope = tl.where((value >= 0) & (value <= 1), slope * (high - low), 0.0)
+            value = tl.minimum(tl.maximum(value, 0.0), 1.0)
+    return kept, value, slope
+
+
+@triton.jit
 def draw_tile(
     logits,
     first,
@@ -145,36 +209,15 @@ def draw_tile(
     ANTITHETIC: tl.constexpr,
     UNIT_TAU: tl.constexpr,
 ):
-    """(kept, soft value, its slope) of a tile of logits; what a caller ignores costs nothing."""
-    if ESTIMATOR == THRESHOLD:
-        kept = (logits > low) | ((logits == low) & (high != 0))
-        value = kept.to(tl.float32)
-        slope = tl.full(logits.shape, 1.0, tl.float32)
-    else:
-        if NOISE:
-            number = sample
-            if ANTITHETIC:
-                number = sample >> 1
-            words = noise_tile(first, stride, number, tensor_id, key, ROWS, COLUMNS, QUADS)
-            if ANTITHETIC:  # 1 - u of a word is u of its complement
-                words = words ^ (0 - (sample & 1)).to(tl.uint32)
-            u = uniform(words)
-            if ESTIMATOR == HARD_CONCRETE:
-                u = tl.minimum(tl.maximum(u, least), most)
-            rest = 1.0 - u
-            ue = u * exp_minus(logits)
-            kept = ue < rest
-        else:
-            u = tl.full(logits.shape, 0.5, tl.float32)
-            rest = u
-            ue = u * exp_minus(logits)
-            kept = logits > 0
-        value, slope = _surrogate(logits, u, rest, ue, tau, UNIT_TAU)
-        if ESTIMATOR == HARD_CONCRETE:
-            value = value * (high - low) + low
-            slope = tl.where((value >= 0) & (value <= 1), slope * (high - low), 0.0)
-            value = tl.minimum(tl.maximum(value, 0.0), 1.0)
-    return kept, value, slope
+    """`draw` of a tile of logits that lie as in their parameter."""
+    words = logits
+    if NOISE:
+        words = noise_tile(
+            first, stride, number_of(sample, ANTITHETIC), tensor_id, key, ROWS, COLUMNS, QUADS
+        )
+    return draw(
+        logits, words, sample, tau, low, high, least, most, NOISE, ESTIMATOR, ANTITHETIC, UNIT_TAU
+    )
 
 
 @triton.jit

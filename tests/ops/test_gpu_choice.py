@@ -136,3 +136,17 @@ def test_explain_a_layer():
         weight, logits, 4, estimators.gumbel_sigmoid(), n_of_m=(2, 4), device=H100
     )
     assert (backend, why) == ("reference", "no GPU kernel for n_of_m")
+
+
+def test_explain_a_convolution():
+    from modmask_kernels.ops import estimators
+    from modmask_kernels.ops.masked_conv import gpu
+
+    for kernel in ((3,), (3, 3)):
+        weight = torch.empty(64, 64, *kernel)
+        logits = torch.empty(1, *weight.shape)
+        backend, why = gpu.explain(weight, logits, 4, estimators.gumbel_sigmoid(), device=H100)
+        assert backend == "triton"
+        assert "masks packed, then convolved" in why
+        backend, why = gpu.explain(weight, logits, 4, estimators.top_k(), device=H100)
+        assert (backend, why) == ("reference", "no GPU kernel for the estimator top_k")

@@ -21,7 +21,7 @@ from .._masked_product import (
 )
 from .._scaled import scaled_product
 from ..estimators import Estimator
-from . import reference
+from . import gpu, reference
 
 __all__ = ["masked_conv1d", "masked_conv2d"]
 
@@ -47,6 +47,7 @@ product = MaskedProduct(
     positional(reference.masked_conv2d, "stride", "padding", "dilation", "groups"),
     _shape,
 )
+product.on_gpu(gpu.unserved, gpu.forward, gpu.backward)
 
 
 def _masked_conv(

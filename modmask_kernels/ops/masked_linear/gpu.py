@@ -198,12 +198,21 @@ def backward(
                 need_bias_logits,
             )
     found = (dx, dweight, dlogits, dbias, dbias_logits)
-    likes = (x, weight, logits, bias, bias_logits)
+    return gradients_of(found, (x, weight, logits, bias, bias_logits))
+
+
+def gradients_of(
+    found: tuple[Tensor | None, ...], operands: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients of the five operands in their shapes; one that is not wanted is empty."""
+    _, weight, logits, *_ = operands
+    assert weight is not None
+    assert logits is not None
     return tuple(
         (weight if i < 4 and i != 2 else logits).new_empty(0)
-        if gradient is None or like is None
-        else gradient.view(like.shape)
-        for i, (gradient, like) in enumerate(zip(found, likes, strict=True))
+        if gradient is None or operand is None
+        else gradient.view(operand.shape)
+        for i, (gradient, operand) in enumerate(zip(found, operands, strict=True))
     )
 
 

@@ -8,15 +8,17 @@ from guards import within_walls
 sys.path.insert(0, str(Path(__file__).parents[2] / "ops"))
 
 from modmask_kernels.ops._triton import Config
+from modmask_kernels.ops.masked_conv import gpu as conv_gpu
+from modmask_kernels.ops.masked_conv import triton as conv
 from modmask_kernels.ops.masked_linear import gpu, triton
 
 
 @pytest.fixture(autouse=True, scope="session")
 def small_tiles():
     """One tile is not enough for the shapes of these tests."""
-    small = Config(16, 32, 64, 4, 1)
-    triton.product_config = lambda *_, **__: small
-    triton.gradients_config = lambda *_, **__: small
+    for module, small in ((triton, Config(16, 32, 64, 4, 1)), (conv, Config(32, 32, 32, 4, 1))):
+        module.product_config = lambda *_, small=small, **__: small
+        module.gradients_config = lambda *_, small=small, **__: small
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,8 @@ def on_triton():
     for name, function in (
         ("masked_linear", gpu.forward),
         ("masked_linear_backward", gpu.backward),
+        ("masked_conv", conv_gpu.forward),
+        ("masked_conv_backward", conv_gpu.backward),
     ):
         library.impl(name, within_walls(function), "CPU", allow_override=True)
     yield
