@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..ops import _triton
+from ..ops.masked_conv import triton as masked_conv
 from ..ops.masked_linear import triton as masked_linear
 from ..ops.sample_mask import triton as sample_mask
 
@@ -28,6 +29,8 @@ KERNELS = (
     (masked_linear, "masked_product"),
     (masked_linear, "weight_gradients"),
     (masked_linear, "bias_gradients"),
+    (masked_conv, "masked_convolution"),
+    (masked_conv, "weight_gradients"),
     (sample_mask, "pack_masks"),
 )
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -195,26 +198,7 @@ def launch_of(
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    logits, bias_logits = empty(1, outputs, inputs, of=torch.float32), None
-    if kernel == "bias_gradients":
-        bias_logits = empty(1, outputs, of=torch.float32)
-    masks = _triton.Masks(
-        logits,
-        bias_logits,
-        empty(1, of=torch.int64),
-        tensor_id=2,
-        bias_tensor_id=3,
-        sample_offset=0,
-        element_offset=0,
-        samples=samples,
-        tau=1.0,
-        hard=hard,
-        code=estimator,
-        low=0.0,
-        high=0.0,
-        clamp=0.0,
-        antithetic=False,
-    )
+    masks = _masks((outputs, inputs), samples, hard, estimator, kernel == "bias_gradients")
     weight, bias = empty(outputs, inputs), empty(outputs)
     x, dy = empty(samples * rows, inputs), empty(samples * rows, outputs)
     with recorded(large_tiles) as launches:
@@ -232,4 +216,79 @@ def launch_of(
         elif kernel == "bias_gradients":
             sums = empty(samples, outputs, of=torch.float32)
             masked_linear.masked_bias_gradients(sums, bias, masks)
+    return launches[-1]
+
+
+def _masks(
+    shape: tuple[int, ...], samples: int, hard: bool, estimator: int, bias: bool = False
+) -> _triton.Masks:
+    return _triton.Masks(
+        torch.empty((1, *shape), device="meta"),
+        torch.empty((1, shape[0]), device="meta") if bias else None,
+        torch.empty(1, dtype=torch.int64, device="meta"),
+        tensor_id=2,
+        bias_tensor_id=3,
+        sample_offset=0,
+        element_offset=0,
+        samples=samples,
+        tau=1.0,
+        hard=hard,
+        code=estimator,
+        low=0.0,
+        high=0.0,
+        clamp=0.0,
+        antithetic=False,
+    )
+
+
+@functools.lru_cache
+def convolution_of(
+    kernel: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    source: str = "bits",
+    channels: int = 256,
+    size: int = 28,
+    taps: int = 3,
+    stride: int = 1,
+    tf32: bool = False,
+    hard: bool = True,
+    need_weight: bool = False,
+    config: _triton.Config | None = None,
+) -> Launch:
+    """A kernel as a convolution launches it: 64 images, 4 samples of one set, 256 outputs.
+
+    Args:
+        kernel: `conv_forward`, `conv_dx` or `conv_gradients`.
+        source: of the masks, `bits` or `regenerate`.
+        size: height and width of an image. taps: of the kernel, in either dimension.
+    """
+    images, samples, outputs, pad = 64, 4, 256, taps // 2
+    out_size = (size + 2 * pad - taps) // stride + 1
+    geometry = masked_conv.Geometry(
+        images,
+        1,
+        channels,
+        outputs,
+        (size, size),
+        (out_size, out_size),
+        (taps, taps),
+        (stride, stride),
+        (pad,) * 4,
+        (1, 1),
+    )
+    masks = _masks((outputs, channels, taps, taps), samples, hard, 0)
+    weight = torch.empty(outputs, channels, taps, taps, dtype=dtype, device="meta")
+    x = weight.new_empty(samples * images, channels, size, size)
+    dy = weight.new_empty(samples * images, outputs, out_size, out_size)
+    given: dict[str, Any] = {"tf32": tf32, "config": config}
+    with recorded(large_tiles=False) as launches:
+        words = sample_mask.pack(masks) if source == "bits" else None
+        if kernel == "conv_forward":
+            bias = weight.new_empty(outputs)
+            masked_conv.product(x, weight, masks, geometry, bias, words, **given)
+        elif kernel == "conv_dx":
+            masked_conv.product(dy, weight, masks, geometry, None, words, backward=True, **given)
+        else:
+            masked_conv.gradients(dy, x, weight, masks, geometry, need_weight=need_weight, **given)
     return launches[-1]

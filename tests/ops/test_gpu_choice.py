@@ -138,6 +138,7 @@ def test_explain_a_layer():
     assert (backend, why) == ("reference", "no GPU kernel for n_of_m")
 
 
+@pytest.mark.skipif(_gpu.TRITON_ERROR is not None, reason="Triton is not installed")
 def test_explain_a_convolution():
     from modmask_kernels.ops import estimators
     from modmask_kernels.ops.masked_conv import gpu

@@ -53,6 +53,32 @@ CASES = [
 ]
 
 
+CASES += [
+    (target, kernel, BF16, options)
+    for target in SHARED
+    for kernel, options in (
+        ("conv_forward", {}),
+        ("conv_dx", {}),
+        ("conv_gradients", {}),
+    )
+] + [
+    (90, "conv_forward", BF16, {"taps": 1, "size": 56}),
+    (90, "conv_forward", BF16, {"source": "regenerate"}),
+    (90, "conv_forward", FP16, {"stride": 2}),
+    (80, "conv_forward", FP32, {"tf32": True}),
+    (90, "conv_forward", FP32, {}),
+    (90, "conv_dx", BF16, {"taps": 1, "size": 56}),
+    (90, "conv_dx", BF16, {"stride": 2}),
+    (90, "conv_dx", BF16, {"source": "regenerate", "hard": False}),
+    (80, "conv_dx", FP32, {"tf32": True}),
+    (90, "conv_gradients", BF16, {"taps": 1, "size": 56}),
+    (90, "conv_gradients", BF16, {"need_weight": True, "channels": 3, "taps": 7, "stride": 2}),
+    (90, "conv_gradients", BF16, {"channels": 3, "taps": 7, "stride": 2}),
+    (90, "conv_gradients", BF16, {"need_weight": True}),
+    (80, "conv_gradients", FP32, {"tf32": True}),
+]
+
+
 def name_of(case):
     target, kernel, dtype, options = case
     chosen = "-".join(f"{k}={v}" for k, v in options.items())
@@ -61,6 +87,8 @@ def name_of(case):
 
 def compile_case(case):
     target, kernel, dtype, options = case
+    if kernel.startswith("conv"):
+        return aot.compile_launch(aot.convolution_of(kernel, dtype, **options), target)
     options = {"large_tiles": target == 90, **options}
     return aot.compile_launch(aot.launch_of(kernel, dtype, **options), target)
 
@@ -88,11 +116,13 @@ def test_resources_and_instructions(case, compiled):
     assert found.shared <= SHARED[target]
     text = found.assembly
     ieee = dtype == FP32 and not options.get("tf32")
-    if kernel in ("forward", "dx", "gradients") and not ieee:
+    if kernel not in ("bias_gradients", "pack") and not ieee:
         few = options.get("rows", 64) < 64 and kernel == "forward"
         wanted = "mma.sync" if few and target in (90, 100) else MATRIX[target]
         assert wanted in text
-    if options.get("inputs", 4096) % 16 == 0 and kernel != "bias_gradients":
+    gathered = kernel == "conv_dx" and options.get("taps") != 1  # a transposed weight
+    odd = options.get("inputs", 16) % 16 or options.get("channels", 16) % 16
+    if not odd and not gathered and kernel != "bias_gradients":
         wide = "dwordx4" if target == aot.AMD else r"ld\.global\.v4|ld\.global\..*v4|cp\.async\.cg"
         assert re.search(wide, text)
     if target != aot.AMD and not ieee:

@@ -758,9 +758,14 @@ def product_config(dtype: torch.dtype, tf32: bool = True) -> Config:
     return _HALF
 
 
-def gradients_config(dtype: torch.dtype, tf32: bool = True) -> Config:
-    """The tiles of `gradients`: outputs, channels and taps, pixels."""
-    return product_config(dtype, tf32)
+def gradients_config(dtype: torch.dtype, tf32: bool = True, narrow: bool = False) -> Config:
+    """The tiles of `gradients`: outputs, channels and taps, pixels.
+
+    `narrow`: where rows of the weight begin amid a quad of noise and two gradients are summed up,
+    registers do not suffice for more.
+    """
+    config = product_config(dtype, tf32)
+    return config._replace(n=32) if narrow else config
 
 
 # programs that keep a device busy
@@ -860,7 +865,8 @@ def gradients(
     if not weight.numel():
         empty = masks.logits.new_empty((masks.sets, *weight.shape))
         return torch.empty_like(weight) if need_weight else None, empty if need_logits else None
-    config = config or gradients_config(x.dtype, tf32)
+    if config is None:
+        config = gradients_config(x.dtype, tf32, need_weight and not masks.quads(g.depth))
     tiles = g.parts * triton.cdiv(g.outputs, config.m) * triton.cdiv(g.depth, config.n)
     stacks, images = g.stacked(g.out_size, config.k)
     blocks = stacks * triton.cdiv(images * g.out_area, config.k)
