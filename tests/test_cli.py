@@ -108,7 +108,7 @@ def test_seeds_may_stand_before_the_experiment(tmp_path):
     [
         (["inverse"], "inverse: add"),
         (["inverse", "--exclude-io", "fullmask"], "inverse: add"),
-        (["half-mask", "--early", "1"], "early: layers 1 to 1 of 3"),
+        (["half-mask", "--early", "1"], "early: layers 1 of 3"),
         (["histogram", "--bins", "4"], "undecided"),
         (["stability"], "control, again"),
     ],
@@ -200,14 +200,14 @@ def test_an_existing_folder_is_refused(finished, capsys):
 
 
 def test_interrupting_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    from modmask_kernels.experiments import addmul_fnn
+    from modmask_kernels.experiments import study
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     path = tmp_path / "demo"
     with monkeypatch.context() as patch:
-        patch.setattr(addmul_fnn, "learn_masks", interrupt)
+        patch.setattr(study, "learn_masks", interrupt)
         assert cli.main([*SMOKE, "--out", str(path)]) == 130
     assert f"modmask run --resume {path}" in capsys.readouterr().err
     assert cli.main(["run", "--resume", str(path), "--quiet"]) == 0

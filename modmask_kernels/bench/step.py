@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..experiments.addmul_fnn import SIZES, AddMulSettings, build
+from ..experiments.addmul_fnn import AddMulFNN, AddMulSettings
+from ..experiments.arithmetic import SIZES
 from ..experiments.training import train
 from ..masks import learn_masks, mask_model
 from ..tasks import AddMul, digit_loss
@@ -131,7 +132,7 @@ def run_case(case: StepCase, *, rounds: int, visit_seconds: float = 0.2) -> dict
     """
     settings = AddMulSettings(size=case.size, batch=case.batch, samples=case.samples)
     data = AddMul(settings.digits, batch_size=case.batch)
-    network = build(settings)
+    network = AddMulFNN().build(settings)
     masked = mask_model(copy.deepcopy(network), sets=["control"], samples=case.samples)
     naive = naive_masked_model(network, case.samples)
 

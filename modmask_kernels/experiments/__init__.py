@@ -8,14 +8,18 @@ from typing import Any
 from .addmul_fnn import AddMulFNN
 from .run import Experiment, Run, SeedFolder
 from .settings import Settings, option
+from .study import Function, Study, StudySettings
 from .training import derive_seed, train
 
 __all__ = [
     "EXPERIMENTS",
     "Experiment",
+    "Function",
     "Run",
     "SeedFolder",
     "Settings",
+    "Study",
+    "StudySettings",
     "derive_seed",
     "get",
     "option",

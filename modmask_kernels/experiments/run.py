@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..report import Page, Results
 
-FORMAT = 1
+FORMAT = 2
 S = TypeVar("S", bound=Settings)
 
 
@@ -232,7 +232,10 @@ class Run:
             raise FileNotFoundError(f"{path} is no results folder: it has no settings.json")
         record = read_json(file)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{file} has not the format {FORMAT} that this version reads")
+            raise ValueError(
+                f"{file} has not the format {FORMAT} that this version reads: it is of another "
+                "version"
+            )
         try:
             return cls(path, record)
         except (KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,16 @@ class Settings:
         if meta["above"] is not None and not number > meta["above"]:
             raise ValueError(f"setting {name} must be greater than {meta['above']}, got {number!r}")
 
+    @classmethod
+    def fields(cls) -> list[dataclasses.Field[Any]]:
+        """All fields, those of an experiment before those that it inherits."""
+        own = {field.name: field for field in dataclasses.fields(cls)}
+        names = [name for base in cls.__mro__ for name in inspect.get_annotations(base)]
+        return [own[name] for name in dict.fromkeys(names) if name in own]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in self.fields()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -117,7 +125,7 @@ class Settings:
             presets: shown in the help, so that a reader sees what a preset means.
         """
         kinds = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
+        for field in cls.fields():
             kind, meta = kinds[field.name], field.metadata
             values = {name: getattr(preset, field.name) for name, preset in presets.items()}
             if len(set(values.values())) == 1:

@@ -13,7 +13,7 @@ from ..files import atomic
 from ..masks.seeds import hash64
 from ..progress import progress_bar
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, ...]  # inputs, targets, and what else the loss needs
 
 
 def derive_seed(seed: int, *names: str) -> int:
@@ -23,7 +23,7 @@ def derive_seed(seed: int, *names: str) -> int:
 
 def train(
     model: nn.Module,
-    loss: Callable[[Tensor, Batch], Tensor],
+    loss: Callable[[Tensor, Any], Tensor],
     data: Callable[[int, torch.Generator], Batch],
     steps: int,
     *,
@@ -44,7 +44,7 @@ def train(
     Args:
         model: trained in place, in training mode.
         loss: (output, batch) to a scalar.
-        data: (step, generator) to a batch (inputs, targets).
+        data: (step, generator) to a batch (inputs, targets, ...).
         steps: number of optimiser steps.
         lr: learning rate; betas (0.9, 0.999), eps 1e-8, no weight decay.
         grad_clip: largest global L2 norm of the gradient; 0 turns clipping off.

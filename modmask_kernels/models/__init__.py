@@ -1,5 +1,6 @@
 """The networks of the studies, as plain modules."""
 
 from .feed_forward import FeedForward
+from .recurrent import Recurrent
 
-__all__ = ["FeedForward"]
+__all__ = ["FeedForward", "Recurrent"]

@@ -13,20 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from modmask_kernels import analysis
-from modmask_kernels.experiments import Run, addmul_fnn, get
-from modmask_kernels.experiments.addmul_fnn import (
-    SETS,
-    SMOKE,
-    AddMulSettings,
-    answer_counts,
-    coinciding,
-    conditions,
-    load_logits,
-    load_masks,
-    overlap,
-    sources,
-    weight_names,
-)
+from modmask_kernels.experiments import Run, get, study
+from modmask_kernels.experiments.addmul import SETS, accuracy, answer_counts, coinciding
+from modmask_kernels.experiments.addmul_fnn import SMOKE, AddMulSettings
+from modmask_kernels.experiments.study import load_logits, overlap
 from modmask_kernels.masks import MaskSet, weight_hash
 from modmask_kernels.tasks import OPERATIONS, AddMul
 
@@ -70,7 +60,7 @@ def test_sources_hold_only_their_own_operation():
     """Spec test (viii): the published code once gave every mask the data of the last one."""
     generator = torch.Generator().manual_seed(0)
     seen = {}
-    for name, source in sources(AddMulSettings(digits=2)).items():
+    for name, source in EXPERIMENT.sources(AddMulSettings(digits=2)).items():
         inputs = torch.cat([source(step, generator)[0] for step in range(20)])
         seen[name] = {OPERATIONS[i] for i in inputs[:, -2:].argmax(1).tolist()}
     assert seen == {"control": {"add", "mul"}, "add": {"add"}, "mul": {"mul"}}
@@ -89,10 +79,10 @@ def test_every_stage_sees_only_its_own_subset(tmp_path, monkeypatch, learning):
 
         return watched
 
-    loss = addmul_fnn.digit_loss
-    learn = addmul_fnn.learn_masks
+    loss = EXPERIMENT.loss(SMOKE)
+    learn = study.learn_masks
 
-    def watching(model, _, data, *arguments, **options):
+    def watching(model, losses, data, *arguments, **options):
         # the loss is called set by set, in the order of the sets
         calls = {"n": 0}
         names = list(data)
@@ -101,10 +91,10 @@ def test_every_stage_sees_only_its_own_subset(tmp_path, monkeypatch, learning):
             calls["n"] += 1
             return names[(calls["n"] - 1) % len(names)]
 
-        return learn(model, watch(loss, stage), data, *arguments, **options)
+        return learn(model, dict.fromkeys(losses, watch(loss, stage)), data, *arguments, **options)
 
-    monkeypatch.setattr(addmul_fnn, "digit_loss", watch(loss, lambda: "network"))
-    monkeypatch.setattr(addmul_fnn, "learn_masks", watching)
+    monkeypatch.setattr(EXPERIMENT, "loss", lambda _: watch(loss, lambda: "network"))
+    monkeypatch.setattr(study, "learn_masks", watching)
     start(tmp_path / "run", SMOKE.replace(steps=20, mask_steps=20, learning=learning)).execute(
         progress=False
     )
@@ -119,17 +109,17 @@ def test_the_weights_are_frozen(run):
     """Spec test (iv): the masks know the hash of the weights that they were learned for."""
     for seed in run.seeds:
         folder = run.folder(seed)
-        model = addmul_fnn.load(run.settings, folder)
+        model = EXPERIMENT.load(run.settings, folder)
         for key in SETS:
             mask = MaskSet.load(folder.mask(key))
             assert mask.metadata["weight_hash"] == weight_hash(model)
             mask.check(model)
-            assert list(mask) == weight_names(run.settings)
+            assert list(mask) == [f"layers.{n}.weight" for n in range(3)]
 
 
 def test_logits_are_exported(run):
     folder = run.folder(0)
-    masks = load_masks(run.settings, folder)
+    masks = EXPERIMENT.load_masks(folder)
     for key in SETS:
         for name, logits in load_logits(folder, key).items():
             assert logits.dtype == torch.float32
@@ -186,7 +176,7 @@ def test_exact_evaluation(n_digits):
     sums = Answers(task, lambda a, b, op: a + b)
     counts = answer_counts(sums, task)
     assert counts.tolist() == [[task.pairs] * 2, [equal] * 2, [0, 0]]
-    assert addmul_fnn.accuracy(counts, task) == {
+    assert accuracy(counts, task) == {
         "add": 100.0,
         "mul": pytest.approx(coinciding(task)),
     }
@@ -199,8 +189,8 @@ def test_the_control_gets_both_operations():
 def test_metrics_of_a_seed(run, metrics):
     for seed, result in zip(run.seeds, metrics["per_seed"], strict=True):
         assert result["seed"] == seed
-        masks = load_masks(run.settings, run.folder(seed))
-        assert set(result["accuracy"]) == {"unmasked", *conditions(masks)}
+        masks = EXPERIMENT.load_masks(run.folder(seed))
+        assert set(result["accuracy"]) == {"unmasked", *EXPERIMENT.conditions(masks)}
         for key, confusion in result["confusion"].items():
             counts, percent = torch.tensor(confusion["counts"]), confusion["percent"]
             assert counts.shape == (3, 2)
@@ -208,12 +198,12 @@ def test_metrics_of_a_seed(run, metrics):
                 assert result["accuracy"][key][op] == pytest.approx(float(counts[i, i]))
                 assert sum(percent[i]) == pytest.approx(100)
         half = result["half_mask"]
-        assert half["early"] == ["layers.0.weight", "layers.1.weight"]
-        assert half["late"] == ["layers.2.weight"]
+        assert half["early"]["layers"] == ["layers.0.weight", "layers.1.weight"]
+        assert half["late"]["layers"] == ["layers.2.weight"]
         for op in OPERATIONS:
             a = result["accuracy"]
-            assert half["early_drop"][op] == a["control"][op] - a["early"][op]
-            assert half["late_drop"][op] == a["control"][op] - a["late"][op]
+            assert half["early"]["drop"][op] == a["control"][op] - a["early"][op]
+            assert half["late"]["drop"][op] == a["control"][op] - a["late"][op]
         for key in SETS:
             logits = load_logits(run.folder(seed), key)
             assert result["undecided_percent"][key] == 100 * analysis.undecided(logits)
@@ -235,27 +225,32 @@ def test_overlap_by_hand():
     control = masks("1111", "1111")
     add = masks("1100", "1010")
     mul = masks("1000", "0011")
-    result = overlap({"control": control, "add": add, "mul": mul})
+    result = overlap(
+        {"control": control, "add": add, "mul": mul},
+        ["layers.0.weight", "layers.2.weight"],
+        EXPERIMENT.layer_title,
+    )
+    both = [part["pairs"]["add & mul"] for part in (*result["layers"], result["hidden"])]
     layers = result["layers"]
     assert [layer["title"] for layer in layers] == ["input", "hidden 1", "output"]
     assert layers[1]["kept"] == {"control": 4, "add": 2, "mul": 1}
-    assert layers[1]["iou"] == 1 / 2
-    assert layers[1]["io_min"] == 1.0
-    assert layers[1]["chance_iou"] == pytest.approx(analysis.chance_iou(0.5, 0.25))
-    assert layers[1]["chance_io_min"] == pytest.approx(0.5)
-    assert layers[2]["iou"] == 1 / 3
-    assert result["hidden"]["iou"] == layers[1]["iou"]
+    assert both[1]["iou"] == 1 / 2
+    assert both[1]["io_min"] == 1.0
+    assert both[1]["chance_iou"] == pytest.approx(analysis.chance_iou(0.5, 0.25))
+    assert both[1]["chance_io_min"] == pytest.approx(0.5)
+    assert both[2]["iou"] == 1 / 3
+    assert both[3] == both[1]
     total = result["all"]
     assert total["kept"] == {"control": 16, "add": 8, "mul": 6}
     assert total["shared_percent"]["add"] == 100 * (2 + 1 + 1) / 8
     assert total["shared_percent"]["mul"] == pytest.approx(100 * (2 + 1 + 1) / 6)
     assert total["remaining_percent"]["add"] == 50.0
-    assert total["mul_to_add"] == 6 / 8
+    assert total["pairs"]["add & mul"]["kept_ratio"] == 6 / 8
 
 
 def test_summary_has_mean_and_sample_deviation(metrics):
-    values = [result["hidden"]["iou"] for result in metrics["per_seed"]]
-    entry = metrics["summary"]["hidden"]["iou"]
+    values = [result["hidden"]["pairs"]["add & mul"]["iou"] for result in metrics["per_seed"]]
+    entry = metrics["summary"]["hidden"]["pairs"]["add & mul"]["iou"]
     assert entry["values"] == values
     assert entry["mean"] == pytest.approx(sum(values) / 2)
     assert entry["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
@@ -298,15 +293,15 @@ def kill_in(monkeypatch, where):
     if where == "network":
         at_step(AddMul, 130, ("add", "mul"))
     elif where == "before the masks":
-        dying(addmul_fnn, "mask_model")
+        dying(study, "mask_model")
     elif where == "masks":
         at_step(AddMul, 40, ("mul",))
     elif where == "between mask files":
         dying(MaskSet, "save", lambda self, path: Path(path).stem == "add")
     elif where == "after the mask files":
-        dying(addmul_fnn, "write_json", lambda path, value: path.stem == "masks")
+        dying(study, "write_json", lambda path, value: path.stem == "masks")
     elif where == "evaluation":
-        dying(addmul_fnn, "overlap")
+        dying(study, "overlap")
     else:
         raise AssertionError(where)
     return done
@@ -346,7 +341,7 @@ def test_a_process_that_is_killed_resumes_bit_identical(tmp_path):
 
     path = tmp_path / "killed"
     words = "run addmul-fnn --preset smoke --mask-steps 400 --threads 1 --quiet --out"
-    root = Path(addmul_fnn.__file__).parents[2]
+    root = Path(study.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-m", "modmask_kernels", *words.split(), str(path)],
         cwd=root,
@@ -463,7 +458,7 @@ def test_bad_folders(tmp_path, run):
     with pytest.raises(ValueError, match="not a JSON file"):
         Run.open(tmp_path)
     write(json.dumps({**record, "format": 99}))
-    with pytest.raises(ValueError, match="format 1"):
+    with pytest.raises(ValueError, match="format 2"):
         Run.open(tmp_path)
     write(json.dumps({k: v for k, v in record.items() if k != "seeds"}))
     with pytest.raises(ValueError, match=r"damaged: .*seeds"):
@@ -495,13 +490,13 @@ def test_inverse_test(run, metrics):
 
 def test_half_mask_test(run, metrics):
     text = EXPERIMENT.tests["half-mask"](run)
-    assert text.startswith("early: layers 1 to 2 of 3")
+    assert text.startswith("early: layers 1, 2 of 3\nlate: layers 3 of 3\n")
     line = next(line for line in text.splitlines() if line.startswith("seed 0, add"))
     a = metrics["per_seed"][0]["accuracy"]
     numbers = [float(word) for word in line.split()[3:6]]
     expected = [a[key]["add"] for key in ("control", "early", "late")]
     assert numbers == [pytest.approx(x, abs=0.005) for x in expected]
-    assert EXPERIMENT.tests["half-mask"](run, early=1).startswith("early: layers 1 to 1 of 3")
+    assert EXPERIMENT.tests["half-mask"](run, early=1).startswith("early: layers 1 of 3\n")
     with pytest.raises(ValueError, match="early"):
         EXPERIMENT.tests["half-mask"](run, early=3)
 
@@ -516,8 +511,8 @@ def test_stability(tmp_path):
     run = start(tmp_path / "run", SMOKE.replace(stability=True))
     run.execute(progress=False)
     result = json.loads((run.path / "metrics.json").read_text())
-    first = load_masks(run.settings, run.folder(0))
-    again = load_masks(run.settings, run.folder(0), "-again")
+    first = EXPERIMENT.load_masks(run.folder(0))
+    again = EXPERIMENT.load_masks(run.folder(0), "-again")
     stability = result["per_seed"][0]["tests"]["stability"]
     for key in SETS:
         assert stability["all"][key] == analysis.stability(first[key], again[key])

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from modmask_kernels.experiments import EXPERIMENTS, Settings, get, option
-from modmask_kernels.experiments.addmul_fnn import PAPER, QUICK, SMOKE, AddMulSettings, build
+from modmask_kernels.experiments.addmul_fnn import PAPER, QUICK, SMOKE, AddMulSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def test_published_settings():
     [("small", 260_800), ("medium", 1_969_600), ("big", 12_124_000)],
 )
 def test_published_networks(size, weights):
-    model = build(PAPER.replace(size=size))
+    model = get("addmul-fnn").build(PAPER.replace(size=size))
     assert sum(layer.weight.numel() for layer in model.layers) == weights
 
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from modmask_kernels.analysis import mean_std
-from modmask_kernels.experiments import addmul_report, get
-from modmask_kernels.experiments.addmul_fnn import PAPER, QUICK
+from modmask_kernels.experiments import get
+from modmask_kernels.experiments.addmul_fnn import PAPER, QUICK, AddMulFNNReport
 
 
 def stat(*values):
@@ -41,14 +41,17 @@ def reader(results):
         [stat(100, 100)] * 2,
         [stat(0, 0)] * 2,
     ]
-    for drop in ("early_drop", "late_drop"):
-        summary["half_mask"][drop] = {"add": stat(1, 1), "mul": stat(1, 1)}
-    summary["hidden"] |= {"iou": stat(0.2, 0.21), "chance_iou": stat(0.02, 0.02)}
+    for half in ("early", "late"):
+        summary["half_mask"][half]["drop"] = {"add": stat(1, 1), "mul": stat(1, 1)}
+    summary["hidden"]["pairs"]["add & mul"] |= {
+        "iou": stat(0.2, 0.21),
+        "chance_iou": stat(0.02, 0.02),
+    }
     summary["hidden"]["kept_percent"] = {key: stat(4, 5) for key in ("control", "add", "mul")}
     summary["all"]["kept_percent"] = {key: stat(6, 7) for key in ("control", "add", "mul")}
     summary["all"]["shared_percent"] = {"add": stat(40, 41), "mul": stat(52, 57)}
     summary["undecided_percent"] = {key: stat(2, 2) for key in ("control", "add", "mul")}
-    return addmul_report._Reader(results)
+    return AddMulFNNReport(get("addmul-fnn"), results)
 
 
 def rates(reader, condition, add=None, mul=None):
@@ -120,7 +123,7 @@ def test_other_wrong_answers(reader):
 
 
 def test_sharing_is_judged_by_chance_and_density(reader):
-    reader.hidden["iou"] = stat(0.021, 0.025)
+    reader.hidden["pairs"]["add & mul"]["iou"] = stat(0.021, 0.025)
     assert "hardly more than by chance" in reader.sharing().headline
     reader.hidden["kept_percent"]["add"] = stat(70, 80)
     finding = reader.sharing()
@@ -130,15 +133,16 @@ def test_sharing_is_judged_by_chance_and_density(reader):
 
 def test_sharing_when_most_is_own(reader):
     reader.whole["shared_percent"] = {"add": stat(30, 31), "mul": stat(32, 37)}
-    assert "most of either mask is its own" in reader.sharing().headline
+    assert "most of each mask is its own" in reader.sharing().headline
 
 
 def test_empty_masks_do_not_break_the_page(reader):
-    reader.hidden["iou"] = reader.hidden["chance_iou"] = stat(1.0, 1.0)
+    both = reader.hidden["pairs"]["add & mul"]
+    both["iou"] = both["chance_iou"] = stat(1.0, 1.0)
     reader.hidden["kept_percent"] = {key: stat(0, 0) for key in ("control", "add", "mul")}
     assert reader.sharing()
-    reader.hidden["chance_iou"] = stat(0.0, 0.0)
-    reader.hidden["iou"] = stat(0.0, 0.0)
+    both["chance_iou"] = stat(0.0, 0.0)
+    both["iou"] = stat(0.0, 0.0)
     assert "hardly more" in reader.sharing().headline
 
 
@@ -158,12 +162,12 @@ def test_inverse(reader, not_add, not_mul, words):
 
 
 def test_half_masks(reader):
-    reader.summary["half_mask"]["early_drop"]["add"] = stat(40, 45)
+    reader.summary["half_mask"]["early"]["drop"]["add"] = stat(40, 45)
     assert reader.halves().headline == "Half a control mask is worse than a whole one."
-    reader.summary["half_mask"]["early_drop"]["add"] = stat(3, 8)
+    reader.summary["half_mask"]["early"]["drop"]["add"] = stat(3, 8)
     assert not reader.halves().sure
     assert "at some cost" in reader.halves().headline
-    reader.summary["half_mask"]["early_drop"]["add"] = stat(-3, -3)
+    reader.summary["half_mask"]["early"]["drop"]["add"] = stat(-3, -3)
     text = reader.halves().text
     assert "+3.0 ± 0.0 points (additions) and \N{MINUS SIGN}1.0 ± 0.0 points" in text
 
@@ -194,7 +198,7 @@ def test_limits_say_what_was_run(results):
         object.__setattr__(changed, "preset", preset)
         object.__setattr__(changed, "settings", settings.to_dict())
         object.__setattr__(changed, "seeds", list(seeds))
-        return " ".join(addmul_report._Reader(changed).limits())
+        return " ".join(AddMulFNNReport(get("addmul-fnn"), changed).limits())
 
     assert "its numbers mean nothing" in limits("smoke", QUICK)
     assert "calibrated small setting" in limits("quick", QUICK)
@@ -222,16 +226,15 @@ def test_the_command_gives_the_settings(results):
     object.__setattr__(changed, "preset", "paper")
     settings = PAPER.replace(size="small", hidden=(5, 6), stability=True, penalty=2e-4)
     object.__setattr__(changed, "settings", settings.to_dict())
-    assert addmul_report._Reader(changed).command() == (
+    assert AddMulFNNReport(get("addmul-fnn"), changed).command() == (
         "modmask run addmul-fnn --preset paper --size small --hidden 5,6 --penalty 0.0002 "
         "--stability --seeds 2"
     )
 
 
 def test_layer_names_of_a_deep_network():
-    from modmask_kernels.experiments.addmul_fnn import layer_title
-
-    assert [layer_title(i, 5) for i in range(5)] == [
+    names = list("abcde")
+    assert [get("addmul-fnn").layer_title(name, names) for name in names] == [
         "input",
         "hidden 1",
         "hidden 2",
