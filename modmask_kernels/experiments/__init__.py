@@ -6,6 +6,9 @@ import difflib
 from typing import Any
 
 from .addmul_fnn import AddMulFNN
+from .addmul_lstm import AddMulLSTM
+from .pair_fnn import PairFNN
+from .pair_lstm import PairLSTM
 from .run import Experiment, Run, SeedFolder
 from .settings import Settings, option
 from .study import Function, Study, StudySettings
@@ -27,7 +30,7 @@ __all__ = [
 ]
 
 EXPERIMENTS: dict[str, Experiment[Any]] = {
-    experiment.name: experiment for experiment in (AddMulFNN(),)
+    experiment.name: experiment for experiment in (AddMulFNN(), AddMulLSTM(), PairFNN(), PairLSTM())
 }
 
 
