@@ -162,12 +162,12 @@ class TestRow:
 class TestProcesses:
     """What becomes of rows whose process does not come to its end."""
 
-    TODO = (LINEAR, cases.Linear(8, 8, 8, 1), cases.PackBits(8))
+    WANTED = (LINEAR, cases.Linear(8, 8, 8, 1), cases.PackBits(8))
 
     def supervised(self, tmp_path: Path, code: str, **options: Any) -> dict[str, str]:
         path = tmp_path / "rows.jsonl"
         script = tmp_path / "process.py"
-        keys = [rows.key_of(case) for case in self.TODO]
+        keys = [rows.key_of(case) for case in self.WANTED]
         script.write_text(
             "import json, os, sys, time\n"
             f"path, keys = {str(path)!r}, {keys!r}\n"
@@ -182,7 +182,7 @@ class TestProcesses:
         )
         deadline = options.pop("deadline", time.time() + 100)
         words = [sys.executable, str(script)]
-        worker.supervise(words, path, self.TODO, deadline=deadline, **options)
+        worker.supervise(words, path, self.WANTED, deadline=deadline, **options)
         return {row["label"]: f"{row['status']} {row['reason']}" for row in worker.read(path)[0]}
 
     def test_a_process_that_dies(self, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--test-select", default="", metavar="WORDS", help="as pytest's -k")
     out.add_argument(
         "--device",
-        default=os.environ.get("MODMASK_TEST_DEVICE", "cuda"),
+        default="cuda",
         help="cpu: a rehearsal on tiny shapes, of no other use [cuda]",
     )
     return out
