@@ -590,7 +590,8 @@ def quick() -> list[Case]:
         Conv(64, 64, 56, 3),
         Conv(512, 512, 7, 3),
         LSTM(256, 4),
-        LSTM(512, 1),
+        LSTM(256, 4, dtype="tf32"),  # as PyTorch computes unless told otherwise
+        LSTM(512, 1, dtype="bfloat16"),
         Sample(large, 4, "bits", compiled=True),
         Sample(large, 4, "values and gradient"),
         PackBits(large),
@@ -630,7 +631,7 @@ def full() -> list[Case]:
         LSTM(units, samples, dtype=dtype)
         for units in (128, 256, 512, 1024)
         for samples in counts
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", "tf32", "bfloat16")
     ]
     others += [LSTM(256, 4, layers=2), LSTM(256, 4, batch=256)]
     others += [

@@ -23,13 +23,13 @@ SETS, SAMPLES = 2, 2
 
 def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
 
 def _backward(call: Callable[..., Tensor], tensors: dict[str, Tensor], **options: Any) -> None:
-    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
-    y = call(**leaves, samples=SAMPLES, **options)
-    torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+    y = call(**tensors, samples=SAMPLES, **options)
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    torch.autograd.grad(y.float().square().sum(), leaves)
 
 
 def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -40,7 +40,7 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
         draw: dict[str, Any] = {"seed": seed, "estimator": estimator}
         yield (
             f"sample_mask, {estimator}",
-            functools.partial(_backward, ops.sample_mask, {"logits": logits.clone()}, **draw),
+            functools.partial(_backward, ops.sample_mask, {"logits": logits}, **draw),
         )
         yield (
             f"sample_mask_packed, {estimator}",
@@ -50,7 +50,11 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "pack_bits", lambda: ops.pack_bits(logits > 0)
 
     def product(
-        operation: Callable[..., Tensor], x: tuple[int, ...], weight: tuple[int, ...], dtype: Any
+        operation: Callable[..., Tensor],
+        x: tuple[int, ...],
+        weight: tuple[int, ...],
+        dtype: torch.dtype,
+        frozen: bool,
     ) -> Callable[[], object]:
         of = functools.partial(_normal, device)
         tensors = {
@@ -60,6 +64,8 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
             "bias": of(dtype, weight[0]),
             "bias_logits": of(torch.float32, SETS, weight[0]),
         }
+        for name in ("weight", "bias") if frozen else ():
+            tensors[name].requires_grad_(False)
         return functools.partial(_backward, operation, tensors, seed=seed)
 
     def recurrent(dtype: torch.dtype) -> None:
@@ -75,21 +81,23 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
         name = str(dtype).removeprefix("torch.")
         for source in _gpu.SOURCES:
             choose = functools.partial(_gpu.choose, forced=source)
-            for rows, inputs in ((3, 70), (17, 64)):
-                step = product(ops.masked_linear, (4 * rows, inputs), (37, inputs), dtype)
-                patched = mock.patch.object(_gpu, "choose", choose)(step)
-                yield f"masked_linear, {name}, {source}, {rows} rows", patched
-        conv = product(ops.masked_conv2d, (4, 3, 7, 6), (5, 3, 3, 3), dtype)
-        yield f"masked_conv2d, {name}", conv
+            chosen = mock.patch.object(_gpu, "choose", choose)
+            for frozen in (False, True):
+                rows, inputs = (17, 64) if frozen else (3, 70)
+                how = f"{name}, {source}{', frozen' * frozen}"
+                step = product(ops.masked_linear, (4 * rows, inputs), (37, inputs), dtype, frozen)
+                yield f"masked_linear, {how}", chosen(step)
+                step = product(ops.masked_conv2d, (4, 3, 7, 6), (5, 3, 3, 3), dtype, frozen)
+                yield f"masked_conv2d, {how}", chosen(step)
         yield f"masked_lstm, {name}", functools.partial(recurrent, dtype)
-        scores = _normal(device, dtype, 3001)
+        scores = _normal(device, dtype, 3001).detach()
         yield f"top_k_mask, {name}", functools.partial(ops.top_k_mask, scores, 777)
         bits = ops.sample_mask_packed(logits, seed=seed)[0]
         rows_of = torch.arange(5, device=device) % SETS
-        operands = (_normal(device, dtype, 5, 70), _normal(device, dtype, 37, 70))
+        x, weight = (_normal(device, dtype, *shape).detach() for shape in ((5, 70), (37, 70)))
         yield (
             f"select_linear, {name}",
-            functools.partial(ops.select_linear, *operands, bits, rows_of),
+            functools.partial(ops.select_linear, x, weight, bits, rows_of),
         )
 
 
