@@ -22,7 +22,7 @@ PARTS = ("tests", "sanitizer", "bench")
 JSON, PAGE = "gpu.json", "README.md"
 _FORMAT = 1
 # of the minutes asked for; what a part leaves goes to the next
-_SHARES = {"tests": 0.35, "sanitizer": 0.25, "bench": 1.0}
+_SHARES = {"tests": 0.5, "sanitizer": 0.35, "bench": 1.0}
 
 
 def parser() -> argparse.ArgumentParser:
