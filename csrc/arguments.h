@@ -136,6 +136,16 @@ void keep_n_of_m(
   layout.stride = after;
 }
 
+// How many of `count` logits top_k keeps.
+inline int64_t kept_by_top_k(
+    const EstimatorArguments& estimator, int64_t element_offset, int64_t count) {
+  STD_TORCH_CHECK(
+      element_offset == 0, "top_k needs the logits as a whole: element_offset must be 0");
+  STD_TORCH_CHECK(
+      estimator.low >= 0.0 && estimator.low <= 1.0, "the fraction of top_k must be in [0, 1]");
+  return count - static_cast<int64_t>((1.0 - estimator.low) * static_cast<double>(count));
+}
+
 // With a seed per set, the first dimension of the logits is the sets; else there is one set.
 struct SampleShape {
   bool per_set;

@@ -99,12 +99,7 @@ class CutStore {
     if (spec.estimator != Estimator::kTopK || logits == nullptr) {
       return tensor_id;
     }
-    STD_TORCH_CHECK(
-        spec.element_offset == 0, "top_k needs the logits as a whole: element_offset must be 0");
-    STD_TORCH_CHECK(
-        estimator.low >= 0.0 && estimator.low <= 1.0, "the fraction of top_k must be in [0, 1]");
-    const int64_t dropped =
-        static_cast<int64_t>((1.0 - estimator.low) * static_cast<double>(count));
+    const int64_t kept = kept_by_top_k(estimator, spec.element_offset, count);
     std::vector<Cut>& cuts = cuts_[size_];
     cuts.resize(static_cast<size_t>(spec.sets));
     for (int64_t set = 0; set < spec.sets; ++set) {
@@ -114,8 +109,7 @@ class CutStore {
       }
       STD_TORCH_CHECK(
           active_kernels().top_k_cut(
-              logits + set * count, count, count - dropped, &cuts[static_cast<size_t>(set)],
-              torch_runner()),
+              logits + set * count, count, kept, &cuts[static_cast<size_t>(set)], torch_runner()),
           "logits must not hold NaN");
     }
     const int64_t number = static_cast<int64_t>(size_);

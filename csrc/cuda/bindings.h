@@ -87,4 +87,35 @@ T* results(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Keeps where the masks of top_k end, of every set, as the kernels read it; of other estimators
+// nothing. `mask` has its sets, and comes to know them.
+class Cuts {
+ public:
+  Cuts() = default;
+  Cuts(
+      const Place& place,
+      MaskParams& mask,
+      const EstimatorArguments& estimator,
+      const Tensor& like,
+      const float* logits,
+      int64_t count) {
+    if (mask.estimator != Estimator::kTopK || logits == nullptr || count * mask.sets == 0) {
+      return;
+    }
+    const int64_t kept = kept_by_top_k(estimator, mask.element_offset, count);
+    const auto words = [&](int64_t bytes) {
+      return torch::stable::new_empty(like, {bytes / 8}, ScalarType::Long);
+    };
+    Tensor list = words(top_k_list_bytes(1)), workspace = words(top_k_workspace_bytes());
+    cuts_ = words(static_cast<int64_t>(sizeof(Cut)) * mask.sets);
+    mask.cuts = results<Cut>(*cuts_);
+    launch_top_k_cuts(
+        logits, mask.sets, mask.shared, count, kept, results<Cut>(*cuts_), results<void>(list),
+        results<void>(workspace), place.stream());
+  }
+
+ private:
+  std::optional<Tensor> cuts_;
+};
+
 }  // namespace modmask::cuda

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "element.h"
 #include "mask_params.h"
+#include "masked_linear.h"
 #include "masked_rnn.h"
 
 struct CUstream_st;
@@ -13,8 +15,6 @@ struct CUstream_st;
 namespace modmask::cuda {
 
 using Stream = CUstream_st*;
-
-enum class ElementType { kFloat32, kBFloat16, kFloat16 };
 
 // Of the toolkit that compiled this, as in CUDART_VERSION.
 int toolkit_version();
@@ -25,10 +25,27 @@ const char* problem();
 // bits: [ceil(count / 8)]; mask: 0 or 1
 void launch_pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits, Stream stream);
 
-// logits: [sets, count], or [count] where the sets share them. Values and their gradients are
-// [samples, sets, count], bits [samples, sets, ceil(count / 8)]; neither is empty.
+// Bits of every set and sample where `to` says; logits: [sets, count], or [count] where the sets
+// share them; not empty.
 void launch_sample_bits(
-    const MaskParams& mask, const float* logits, int64_t count, uint8_t* bits, Stream stream);
+    const MaskParams& mask, const float* logits, int64_t count, const MaskBits& to, Stream stream);
+
+// Bits of a weight from those of logits that divide it in every dimension; sizes from the outermost
+// dimension on, 1 for those that are missing.
+struct BlockSizes {
+  int64_t small[4];
+  int64_t whole[4];
+};
+void launch_expand_bits(
+    const BlockSizes& sizes,
+    int64_t masks,
+    const uint8_t* from,
+    int64_t from_stride,
+    uint8_t* to,
+    int64_t to_stride,
+    Stream stream);
+
+// Values and their gradients are [samples, sets, count]; neither is empty.
 void launch_sample_values(
     const MaskParams& mask,
     const float* logits,
@@ -75,23 +92,38 @@ void launch_top_k(
     void* workspace,
     Stream stream);
 
-// A linear layer whose rows have masks of their own.
-struct SelectLinear {
-  ElementType type;  // of x, weight, bias and y
-  int64_t rows;
-  int64_t in;
-  int64_t out;
-  const void* x;             // [rows, in]
-  const void* weight;        // [out, in]
-  const uint8_t* bits;       // [sets, ceil(out * in / 8)]
-  const int64_t* row_sets;   // [rows]
-  const void* bias;          // [out] or null
-  const uint8_t* bias_bits;  // [sets, ceil(out / 8)] or null
-  float* partials;           // as many as select_linear_partials says
-  void* y;                   // [rows, out], not empty
-};
+// Where the k largest logits of every set end; logits [sets, count], not empty, or [count] where
+// the sets share them. `list` and `workspace` as for one tensor.
+void launch_top_k_cuts(
+    const float* logits,
+    int64_t sets,
+    bool shared,
+    int64_t count,
+    int64_t k,
+    Cut* cuts,
+    void* list,
+    void* workspace,
+    Stream stream);
 
-int64_t select_linear_partials(int64_t rows, int64_t in, int64_t out);
-void launch_select_linear(const SelectLinear& s, Stream stream);
+// How many values `partials` needs for a product forward or, `backward`, to the input. No launch
+// here is for an empty batch, input or output.
+int64_t masked_linear_partials(const MaskedLinear& l, bool backward);
+// y: [batch, out], from x [batch, in]
+void launch_masked_linear(
+    const MaskedLinear& l, const void* x, float* partials, void* y, Stream stream);
+// dx: [batch, in], from dy [batch, out]
+void launch_masked_linear_dx(
+    const MaskedLinear& l, const void* dy, float* partials, void* dx, Stream stream);
+// dlogits: [sets, out, in] or null; dweight: [out, in] or null, and of n of m from bits
+void launch_masked_linear_gradients(
+    const MaskedLinear& l,
+    const void* x,
+    const void* dy,
+    float* dlogits,
+    void* dweight,
+    Stream stream);
+// sums: dy [sets * samples, out], added up over the rows of each group; the results may be null
+void launch_bias_gradients(
+    const MaskedLinear& l, const float* sums, void* dbias, float* dbias_logits, Stream stream);
 
 }  // namespace modmask::cuda

@@ -3,6 +3,7 @@
 
 #include "../common/surrogate.h"
 #include "device.cuh"
+#include "element.h"
 #include "mask_params.h"
 
 namespace modmask::cuda {
@@ -126,17 +127,18 @@ MODMASK_DEVICE float score_of(const MaskParams& p, float logit, float e, uint32_
   return score == score ? score : -INFINITY;
 }
 
-// The score of one weight, from the start.
-MODMASK_DEVICE float score_at(const MaskParams& p, const Draws& d, const float* logits, int64_t i) {
-  const float logit = load(logits + i);
+// The word of one weight; 0 without noise.
+MODMASK_DEVICE uint32_t word_at(const MaskParams& p, const Draws& d, int64_t i) {
   const uint64_t element = static_cast<uint64_t>(p.element_offset + i);
   const PhiloxWords words = has_noise(p) ? words_of(p, d, element >> 2) : PhiloxWords{};
   const uint32_t at = element & 3;
-  const uint32_t word = at == 0   ? words.w[0]
-                        : at == 1 ? words.w[1]
-                        : at == 2 ? words.w[2]
-                                  : words.w[3];
-  return score_of(p, logit, exp_minus(logit), word);
+  return at == 0 ? words.w[0] : at == 1 ? words.w[1] : at == 2 ? words.w[2] : words.w[3];
+}
+
+// The score of one weight, from the start.
+MODMASK_DEVICE float score_at(const MaskParams& p, const Draws& d, const float* logits, int64_t i) {
+  const float logit = load(logits + i);
+  return score_of(p, logit, exp_minus(logit), word_at(p, d, i));
 }
 
 // Which of kCount weights from `i` on are kept in their groups of n of m. Their scores serve where
@@ -205,20 +207,52 @@ MODMASK_DEVICE void load_part(const T* from, int64_t left, float (&to)[kCount]) 
   }
 }
 
-template <int kCount>
-MODMASK_DEVICE void store_part(float* to, int64_t left, const float (&from)[kCount]) {
-  if (left >= kCount && (reinterpret_cast<uintptr_t>(to) & 15) == 0) {
+// The first `left` of kCount elements, rounded.
+template <int kCount, typename T>
+MODMASK_DEVICE void store_part(T* to, int64_t left, const float (&from)[kCount]) {
+  constexpr int kWide = kCount * sizeof(T) < 16 ? kCount : 16 / sizeof(T);
+  if (left >= kCount && reinterpret_cast<uintptr_t>(to) % (kWide * sizeof(T)) == 0) {
 #pragma unroll
-    for (int j = 0; j < kCount; j += 4) {
-      store_vector<4>(to + j, Vector<float, 4>{{from[j], from[j + 1], from[j + 2], from[j + 3]}});
+    for (int j = 0; j < kCount; j += kWide) {
+      Vector<T, kWide> v;
+#pragma unroll
+      for (int l = 0; l < kWide; ++l) {
+        v.v[l] = from_float<T>(from[j + l]);
+      }
+      store_vector<kWide>(to + j, v);
     }
     return;
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     if (j < left) {
-      store(to + j, from[j]);
+      store(to + j, from_float<T>(from[j]));
     }
+  }
+}
+
+// The same at index `at` of operands whose dtype is known when the kernel runs.
+template <int kCount>
+MODMASK_DEVICE void load_part(
+    ElementType type, const void* from, int64_t at, int64_t left, float (&to)[kCount]) {
+  if (type == ElementType::kFloat32) {
+    load_part(static_cast<const float*>(from) + at, left, to);
+  } else if (type == ElementType::kBFloat16) {
+    load_part(static_cast<const __nv_bfloat16*>(from) + at, left, to);
+  } else {
+    load_part(static_cast<const __half*>(from) + at, left, to);
+  }
+}
+
+template <int kCount>
+MODMASK_DEVICE void store_part(
+    ElementType type, void* to, int64_t at, int64_t left, const float (&from)[kCount]) {
+  if (type == ElementType::kFloat32) {
+    store_part(static_cast<float*>(to) + at, left, from);
+  } else if (type == ElementType::kBFloat16) {
+    store_part(static_cast<__nv_bfloat16*>(to) + at, left, from);
+  } else {
+    store_part(static_cast<__half*>(to) + at, left, from);
   }
 }
 

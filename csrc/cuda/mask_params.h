@@ -32,6 +32,13 @@ struct MaskParams {
   bool shared = false;  // all sets have the logits of the first one
 };
 
+// One bit for every weight, of sets and samples that lie so many bytes apart.
+struct MaskBits {
+  uint8_t* bits;
+  int64_t set_stride;
+  int64_t sample_stride;
+};
+
 // What kernels are compiled for; host code asks for it.
 enum class MaskMode {
   kPlain,    // gumbel_sigmoid with noise

@@ -1,12 +1,13 @@
 // y = x (W * M)^T for few rows per mask: every block reads a tile of the weight once, draws it (or
 // reads its bits) for the masks of up to eight jobs, and multiplies from shared memory. No tensor
-// with a value per weight exists but dlogits. A job is up to kRows rows of one mask.
+// with a value per weight exists but the gradients. A job is up to kRows rows of one mask.
 //
 // Sums over a split of the depth go to `partials`; finish_linear adds these up in their order, so
 // that results do not depend on timing.
 #pragma once
 
 #include "mask.cuh"
+#include "masked_linear.h"
 
 namespace modmask::cuda {
 
@@ -42,7 +43,7 @@ inline LinearPlan plan_linear(
     bool backward) {
   LinearPlan p{};
   p.backward = backward;
-  p.job_rows = rows <= 1 ? 1 : rows <= 4 ? 4 : 8;
+  p.job_rows = soft || rows > 4 ? 8 : rows > 1 ? 4 : 1;
   p.sample_jobs = (rows + p.job_rows - 1) / p.job_rows;
   p.set_jobs = samples * p.sample_jobs;
   const int64_t most = soft ? 2 : 8;  // soft masks take 16 KiB each
@@ -52,11 +53,11 @@ inline LinearPlan plan_linear(
   const int64_t step = backward ? kTileOutputs : kTileInputs;
   const int64_t tile = backward ? kTileInputs : kTileOutputs;
   const int64_t tiles = (width + tile - 1) / tile;
-  // four blocks for each of 132 multiprocessors, but at least 128 KiB of float32 weight for each
+  // four blocks for each of 132 multiprocessors, but at least two steps of 16 KiB of float32 weight
   const int64_t blocks = tiles * p.chunks * sets;
   const int64_t depth_steps = (depth + step - 1) / step;
   const int64_t wanted = (528 + blocks - 1) / blocks;
-  const int64_t most_splits = (depth_steps + 7) / 8;  // steps of 16 KiB
+  const int64_t most_splits = (depth_steps + 1) / 2;
   int64_t splits = wanted < most_splits ? wanted : most_splits;
   splits = splits < 1 ? 1 : splits;
   p.depth = (depth_steps + splits - 1) / splits * step;
@@ -74,20 +75,20 @@ inline LinearPlan plan_linear(
   return p;
 }
 
-template <typename T>
 struct LinearParams {
-  MaskParams mask;
+  MaskedLinear layer;
   LinearPlan plan;
-  int64_t rows;  // per group; group g has rows [g * rows, (g + 1) * rows) of the batch
-  int64_t in;
-  int64_t out;
-  const T* from;    // x [batch, in]; backward: dy [batch, out]
-  const T* weight;  // [out, in]
-  const float* logits;
-  const uint8_t* bits;      // [samples, sets, ceil(out * in / 8)], for MaskMode::kPacked
-  const int64_t* row_sets;  // or [sets, ceil(out * in / 8)], and the set of each row; rows = 1
-  float* partials;          // [splits, batch, out]; backward: [splits, batch, in]
+  const void* from;  // x [batch, in]; backward: dy [batch, out]
+  float* partials;   // [splits, batch, out]; backward: [splits, batch, in]
 };
+
+inline LinearParams linear_params(
+    const MaskedLinear& l, bool backward, const void* from, float* partials) {
+  const bool soft = !l.hard && l.packed.bits == nullptr;
+  return {
+      l, plan_linear(l.in, l.out, l.rows, l.mask.samples, l.mask.sets, soft, backward), from,
+      partials};
+}
 
 // What a block and a warp of it compute.
 template <int kRows>
@@ -104,8 +105,7 @@ struct LinearBlock {
   int64_t first_row;  // of the batch
   int rows;
 
-  template <typename T>
-  MODMASK_DEVICE explicit LinearBlock(const LinearParams<T>& p) {
+  MODMASK_DEVICE explicit LinearBlock(const LinearParams& p) {
     const int64_t chunks = p.plan.chunks;
     set = blockIdx.z / chunks;
     first = blockIdx.z % chunks * p.plan.jobs;
@@ -122,13 +122,12 @@ struct LinearBlock {
     row_range(p, job < 0 ? 0 : job, sample, first_row, rows);
   }
 
-  template <typename T>
   MODMASK_DEVICE void row_range(
-      const LinearParams<T>& p, int of_job, int& of_sample, int64_t& begin, int& count) const {
+      const LinearParams& p, int of_job, int& of_sample, int64_t& begin, int& count) const {
     const int64_t j = first + of_job, k = j / p.plan.sample_jobs;
-    const int64_t row = (j - k * p.plan.sample_jobs) * kRows, left = p.rows - row;
+    const int64_t row = (j - k * p.plan.sample_jobs) * kRows, left = p.layer.rows - row;
     of_sample = static_cast<int>(k - first_sample);
-    begin = (set * p.mask.samples + k) * p.rows + row;
+    begin = (set * p.layer.mask.samples + k) * p.layer.rows + row;
     count = static_cast<int>(left < kRows ? left : kRows);
   }
 };
@@ -153,23 +152,24 @@ MODMASK_DEVICE uint32_t four_bits(const uint8_t* bits, int64_t at, int64_t left)
 
 // A tile of the weight from row o0 and column i0 on, zeros beyond the ends, and its masks: words j
 // of row o of a sample have bit l for column 4 l + j. Soft masks are values instead.
-template <MaskMode kMode, bool kSoft, int kRows, typename T>
+template <MaskMode kMode, bool kSoft, int kRows>
 MODMASK_DEVICE void load_tile(
-    const LinearParams<T>& p,
+    const LinearParams& p,
     const LinearBlock<kRows>& b,
     int64_t o0,
     int64_t i0,
     SharedPointer<float> weights,
     SharedPointer<uint32_t> masks,
     SharedPointer<float> soft) {
-  const MaskParams& m = p.mask;
-  const float* of_set = p.logits + (m.shared ? 0 : b.set * p.out * p.in);
-  const int64_t i = i0 + 4 * b.lane, mask_bytes = (p.out * p.in + 7) / 8;
+  const MaskedLinear& layer = p.layer;
+  const MaskParams& m = layer.mask;
+  const float* of_set = layer.logits + (m.shared ? 0 : b.set * layer.out * layer.in);
+  const int64_t i = i0 + 4 * b.lane;
   const Cut cut = kMode == MaskMode::kGeneral ? cut_of(m, b.set) : Cut{0.0f, 0};
   for (int q = b.warp; q < kTileOutputs; q += kLinearWarps) {  // alike for all lanes of a warp
-    const int64_t o = o0 + q, at = o * p.in + i, left = o < p.out ? p.in - i : 0;
+    const int64_t o = o0 + q, at = o * layer.in + i, left = o < layer.out ? layer.in - i : 0;
     float w[4], logits[4] = {}, e[4] = {};
-    load_part(p.weight + at, left, w);
+    load_part(layer.type, layer.weight, at, left, w);
     store_vector<4>(weights + (q * kTileStep + 4 * b.lane), vector_of(w));
     if (kMode != MaskMode::kPacked) {
       load_part(of_set + at, left, logits);
@@ -183,8 +183,12 @@ MODMASK_DEVICE void load_tile(
       uint32_t kept = 0;
       float values[4] = {};
       if (kMode == MaskMode::kPacked) {
-        const int64_t row = p.row_sets != nullptr ? load(p.row_sets + k) : k * m.sets + b.set;
-        kept = four_bits(p.bits + row * mask_bytes, at, left);
+        const MaskBits& packed = layer.packed;
+        const uint8_t* bits =
+            packed.bits + (layer.row_sets != nullptr
+                               ? load(layer.row_sets + k) * packed.set_stride
+                               : b.set * packed.set_stride + k * packed.sample_stride);
+        kept = four_bits(bits, at, left);
       } else {
         const Draws d = draws_of(m, b.set, k);
         uint32_t words[4] = {};
@@ -196,14 +200,6 @@ MODMASK_DEVICE void load_tile(
           const MaskValue v = mask_value<kMode, kSoft>(m, cut, logits[j], e[j], words[j], at + j);
           kept |= static_cast<uint32_t>(v.kept) << j;
           values[j] = v.value;
-        }
-        if (kMode == MaskMode::kGroups) {
-          float scores[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            scores[j] = score_of(m, logits[j], e[j], words[j]);
-          }
-          kept = left > 0 ? kept_in_groups(m, d, of_set, at, at + left, scores) : 0;
         }
       }
       if (kSoft) {
@@ -225,9 +221,9 @@ MODMASK_DEVICE void load_tile(
 }
 
 // Columns [c0, c0 + kColumns) of the rows of all jobs as float, zeros where there are none.
-template <int kColumns, int kRows, typename T>
+template <int kColumns, int kRows>
 MODMASK_DEVICE void load_rows(
-    const LinearParams<T>& p,
+    const LinearParams& p,
     const LinearBlock<kRows>& b,
     int64_t columns,
     int64_t c0,
@@ -240,7 +236,7 @@ MODMASK_DEVICE void load_rows(
     b.row_range(p, row / kRows, sample, begin, count);
     float v[4];
     load_part(
-        p.from + (begin + row % kRows) * columns + c0 + c,
+        p.layer.type, p.from, (begin + row % kRows) * columns + c0 + c,
         row % kRows < count ? columns - c0 - c : 0, v);
     store_vector<4>(to + (row * (kColumns + 4) + c), vector_of(v));
   }
@@ -269,14 +265,14 @@ MODMASK_DEVICE void add_parts(
 }
 
 // Where the shared memory of a block begins that each of these has.
-template <typename T, bool kSoft>
+template <bool kSoft>
 struct LinearShared {
   SharedPointer<float> weights;
   SharedPointer<uint32_t> masks;
   SharedPointer<float> soft;
   SharedPointer<float> rows;
 
-  MODMASK_DEVICE LinearShared(SharedPointer<unsigned char> memory, const LinearParams<T>& p) {
+  MODMASK_DEVICE LinearShared(SharedPointer<unsigned char> memory, const LinearParams& p) {
     const size_t of_weights = sizeof(float) * kTileOutputs * kTileStep;
     const size_t of_masks = kSoft ? of_weights : sizeof(uint32_t) * 4 * kTileOutputs;
     weights = shared_cast<float>(memory);
@@ -287,19 +283,19 @@ struct LinearShared {
 };
 
 // partials of y; plan_linear(..., backward = false).
-template <typename T, MaskMode kMode, bool kSoft, int kRows>
-__global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_forward(LinearParams<T> p) {
+template <MaskMode kMode, bool kSoft, int kRows>
+__global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_forward(LinearParams p) {
   MODMASK_DYNAMIC_SHARED(memory);
-  const LinearShared<T, kSoft> shared(memory, p);
+  const LinearShared<kSoft> shared(memory, p);
   const LinearBlock<kRows> b(p);
   const int64_t o0 = static_cast<int64_t>(blockIdx.x) * kTileOutputs;
   const int64_t begin = blockIdx.y * p.plan.depth;
-  const int64_t end = begin + p.plan.depth < p.in ? begin + p.plan.depth : p.in;
+  const int64_t end = begin + p.plan.depth < p.layer.in ? begin + p.plan.depth : p.layer.in;
   float sums[kRows] = {};  // of output `lane`
   for (int64_t i0 = begin; i0 < end; i0 += kTileInputs) {
     __syncthreads();
     load_tile<kMode, kSoft>(p, b, o0, i0, shared.weights, shared.masks, shared.soft);
-    load_rows<kTileInputs>(p, b, p.in, i0, shared.rows);
+    load_rows<kTileInputs>(p, b, p.layer.in, i0, shared.rows);
     __syncthreads();
     if (b.job < 0) {
       continue;
@@ -335,31 +331,33 @@ __global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_forward(Linea
     }
   }
   add_parts(b, shared.weights, sums);
-  const int64_t batch = p.mask.sets * p.mask.samples * p.rows;
-  if (b.job >= 0 && b.part == 0 && o0 + b.lane < p.out) {
+  const int64_t batch = p.layer.batch();
+  if (b.job >= 0 && b.part == 0 && o0 + b.lane < p.layer.out) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r < b.rows) {
-        store(p.partials + (blockIdx.y * batch + b.first_row + r) * p.out + o0 + b.lane, sums[r]);
+        store(
+            p.partials + (blockIdx.y * batch + b.first_row + r) * p.layer.out + o0 + b.lane,
+            sums[r]);
       }
     }
   }
 }
 
 // partials of dx; plan_linear(..., backward = true).
-template <typename T, MaskMode kMode, bool kSoft, int kRows>
-__global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_dx(LinearParams<T> p) {
+template <MaskMode kMode, bool kSoft, int kRows>
+__global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_dx(LinearParams p) {
   MODMASK_DYNAMIC_SHARED(memory);
-  const LinearShared<T, kSoft> shared(memory, p);
+  const LinearShared<kSoft> shared(memory, p);
   const LinearBlock<kRows> b(p);
   const int64_t i0 = static_cast<int64_t>(blockIdx.x) * kTileInputs;
   const int64_t begin = blockIdx.y * p.plan.depth;
-  const int64_t end = begin + p.plan.depth < p.out ? begin + p.plan.depth : p.out;
+  const int64_t end = begin + p.plan.depth < p.layer.out ? begin + p.plan.depth : p.layer.out;
   float sums[4 * kRows] = {};  // of columns 4 lane + j
   for (int64_t o0 = begin; o0 < end; o0 += kTileOutputs) {
     __syncthreads();
     load_tile<kMode, kSoft>(p, b, o0, i0, shared.weights, shared.masks, shared.soft);
-    load_rows<kTileOutputs>(p, b, p.out, o0, shared.rows);
+    load_rows<kTileOutputs>(p, b, p.layer.out, o0, shared.rows);
     __syncthreads();
     if (b.job < 0) {
       continue;
@@ -400,13 +398,15 @@ __global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_dx(LinearPara
     }
   }
   add_parts(b, shared.weights, sums);
-  const int64_t batch = p.mask.sets * p.mask.samples * p.rows, i = i0 + 4 * b.lane;
-  if (b.job >= 0 && b.part == 0 && i < p.in) {
+  const int64_t batch = p.layer.batch(), i = i0 + 4 * b.lane;
+  if (b.job >= 0 && b.part == 0 && i < p.layer.in) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r < b.rows) {
         const float four[4] = {sums[4 * r], sums[4 * r + 1], sums[4 * r + 2], sums[4 * r + 3]};
-        store_part(p.partials + (blockIdx.y * batch + b.first_row + r) * p.in + i, p.in - i, four);
+        store_part(
+            p.partials + (blockIdx.y * batch + b.first_row + r) * p.layer.in + i, p.layer.in - i,
+            four);
       }
     }
   }
@@ -415,231 +415,247 @@ __global__ void __launch_bounds__(kLinearThreads, 2) masked_linear_dx(LinearPara
 constexpr int kGradientRows = 16;     // of a sample, at once
 constexpr int kGradientOutputs = 16;  // of a block
 
-template <typename T>
-struct LogitGradientParams {
-  MaskParams mask;
-  int64_t rows;
-  int64_t in;
-  int64_t out;
-  const T* x;       // [batch, in]
-  const T* dy;      // [batch, out]
-  const T* weight;  // [out, in]
-  const float* logits;
-  float* dlogits;  // [sets, out, in]
+struct LinearGradientParams {
+  MaskedLinear layer;
+  const void* x;   // [batch, in]
+  const void* dy;  // [batch, out]
+  float* dlogits;  // [sets, out, in] or null
+  void* dweight;   // [out, in] or null
 };
 
-template <typename T>
-inline LaunchShape logit_gradient_shape(const LogitGradientParams<T>& p) {
+inline LaunchShape linear_gradient_shape(const LinearGradientParams& p) {
+  const MaskedLinear& l = p.layer;
   const int64_t tiles =
-      (p.in + kTileInputs - 1) / kTileInputs * ((p.out + kGradientOutputs - 1) / kGradientOutputs);
-  return {
-      dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.mask.sets)), dim3(kLinearThreads),
-      0};
+      (l.in + kTileInputs - 1) / kTileInputs * ((l.out + kGradientOutputs - 1) / kGradientOutputs);
+  // dweight is a sum over sets
+  const int64_t sets = p.dweight != nullptr ? 1 : l.mask.sets;
+  return {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(sets)), dim3(kLinearThreads), 0};
 }
 
-// dlogits = weight * sum over samples of slope * (dy^T x), every weight and logit read once and
-// dlogits written once; a thread has 2 x 4 weights. n of m has the slopes of kGeneral.
-template <typename T, MaskMode kMode>
+// With D = dy^T x of a group: dlogits = weight * sum over samples of slope * D, and with kWeight
+// dweight = sum over groups of mask * D. Every weight and logit is read once, or with kWeight once
+// a set, and results are written once; a thread has 2 x 4 weights. n of m has the slopes of
+// kGeneral, and with kWeight its masks as bits.
+template <MaskMode kMode, bool kWeight>
 __global__ void __launch_bounds__(kLinearThreads, 2)
-    masked_linear_dlogits(LogitGradientParams<T> p) {
+    masked_linear_gradients(LinearGradientParams p) {
   MODMASK_SHARED(float, x, kGradientRows* kTileStep);
   MODMASK_SHARED(float, dy, kGradientRows* kGradientOutputs);
   constexpr int kOfThread = kGradientOutputs / kLinearWarps;
-  const MaskParams& m = p.mask;
-  const int64_t set = blockIdx.y, tiles = (p.in + kTileInputs - 1) / kTileInputs;
+  const MaskedLinear& l = p.layer;
+  const MaskParams& m = l.mask;
+  const int64_t tiles = (l.in + kTileInputs - 1) / kTileInputs;
   const int64_t i0 = blockIdx.x % tiles * kTileInputs, o0 = blockIdx.x / tiles * kGradientOutputs;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t i = i0 + 4 * lane;
-  const Cut cut = kMode == MaskMode::kGeneral ? cut_of(m, set) : Cut{0.0f, 0};
-  const float* of_set = p.logits + (m.shared ? 0 : set * p.out * p.in);
-  float logits[kOfThread][4], e[kOfThread][4], sums[kOfThread][4] = {};
+  float dweight[kOfThread][4] = {};
+  const int64_t first_set = kWeight ? 0 : blockIdx.y, end = kWeight ? m.sets : first_set + 1;
+  for (int64_t set = first_set; set < end; ++set) {
+    const Cut cut = kMode == MaskMode::kGeneral ? cut_of(m, set) : Cut{0.0f, 0};
+    const float* of_set = l.logits + (m.shared ? 0 : set * l.out * l.in);
+    float logits[kOfThread][4], e[kOfThread][4], sums[kOfThread][4] = {};
 #pragma unroll
-  for (int a = 0; a < kOfThread; ++a) {
-    const int64_t o = o0 + kOfThread * warp + a;
-    load_part(of_set + o * p.in + i, o < p.out ? p.in - i : 0, logits[a]);
+    for (int a = 0; a < kOfThread; ++a) {
+      const int64_t o = o0 + kOfThread * warp + a;
+      load_part(of_set + o * l.in + i, o < l.out ? l.in - i : 0, logits[a]);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      e[a][j] = exp_minus(logits[a][j]);
+      for (int j = 0; j < 4; ++j) {
+        e[a][j] = exp_minus(logits[a][j]);
+      }
     }
-  }
-  for (int64_t k = 0; k < m.samples; ++k) {
-    float dots[kOfThread][4] = {};
-    for (int64_t r0 = 0; r0 < p.rows; r0 += kGradientRows) {
-      const int64_t row = (set * m.samples + k) * p.rows + r0;
-      const int count = static_cast<int>(p.rows - r0 < kGradientRows ? p.rows - r0 : kGradientRows);
-      __syncthreads();
-      for (int r = warp; r < count; r += kLinearWarps) {
-        float v[4];
-        load_part(p.x + (row + r) * p.in + i, p.in - i, v);
-        store_vector<4>(x + (r * kTileStep + 4 * lane), vector_of(v));
-        if (lane < kGradientOutputs / 4) {
-          const int64_t o = o0 + 4 * lane;
-          load_part(p.dy + (row + r) * p.out + o, p.out - o, v);
-          store_vector<4>(dy + (r * kGradientOutputs + 4 * lane), vector_of(v));
+    for (int64_t k = 0; k < m.samples; ++k) {
+      float dots[kOfThread][4] = {};
+      for (int64_t r0 = 0; r0 < l.rows; r0 += kGradientRows) {
+        const int64_t row = (set * m.samples + k) * l.rows + r0;
+        const int count =
+            static_cast<int>(l.rows - r0 < kGradientRows ? l.rows - r0 : kGradientRows);
+        __syncthreads();
+        for (int r = warp; r < count; r += kLinearWarps) {
+          float v[4];
+          load_part(l.type, p.x, (row + r) * l.in + i, l.in - i, v);
+          store_vector<4>(x + (r * kTileStep + 4 * lane), vector_of(v));
+          if (lane < kGradientOutputs / 4) {
+            const int64_t o = o0 + 4 * lane;
+            load_part(l.type, p.dy, (row + r) * l.out + o, l.out - o, v);
+            store_vector<4>(dy + (r * kGradientOutputs + 4 * lane), vector_of(v));
+          }
+        }
+        __syncthreads();
+        for (int r = 0; r < count; ++r) {
+          const Vector<float, 4> columns = load_vector<4>(x + (r * kTileStep + 4 * lane));
+          const Vector<float, kOfThread> outputs =
+              load_vector<kOfThread>(dy + (r * kGradientOutputs + kOfThread * warp));
+#pragma unroll
+          for (int a = 0; a < kOfThread; ++a) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              dots[a][j] = fmaf(outputs.v[a], columns.v[j], dots[a][j]);
+            }
+          }
         }
       }
-      __syncthreads();
-      for (int r = 0; r < count; ++r) {
-        const Vector<float, 4> columns = load_vector<4>(x + (r * kTileStep + 4 * lane));
-        const Vector<float, kOfThread> outputs =
-            load_vector<kOfThread>(dy + (r * kGradientOutputs + kOfThread * warp));
+      const Draws d = draws_of(m, set, k);
 #pragma unroll
-        for (int a = 0; a < kOfThread; ++a) {
+      for (int a = 0; a < kOfThread; ++a) {
+        const int64_t o = o0 + kOfThread * warp + a, at = o * l.in + i;
+        uint32_t words[4] = {}, kept = 0;
+        if (kMode == MaskMode::kPlain || has_noise(m)) {
+          words_from(m, d, static_cast<uint64_t>(m.element_offset + at), words);
+        }
+        if (kWeight && l.packed.bits != nullptr) {
+          const uint8_t* bits =
+              l.packed.bits + set * l.packed.set_stride + k * l.packed.sample_stride;
+          kept = four_bits(bits, at, o < l.out ? l.in - i : 0);
+        }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            dots[a][j] = fmaf(outputs.v[a], columns.v[j], dots[a][j]);
+        for (int j = 0; j < 4; ++j) {
+          const MaskValue v =
+              mask_value<kMode, true>(m, cut, logits[a][j], e[a][j], words[j], at + j);
+          sums[a][j] = fmaf(v.slope, dots[a][j], sums[a][j]);
+          if (kWeight) {
+            const bool here = l.packed.bits != nullptr ? (kept >> j & 1u) != 0 : v.kept;
+            const float value = l.hard ? (here ? 1.0f : 0.0f) : v.value;
+            dweight[a][j] = fmaf(value, dots[a][j], dweight[a][j]);
           }
         }
       }
     }
-    const Draws d = draws_of(m, set, k);
 #pragma unroll
     for (int a = 0; a < kOfThread; ++a) {
-      const int64_t at = (o0 + kOfThread * warp + a) * p.in + i;
-      uint32_t words[4] = {};
-      if (kMode == MaskMode::kPlain || has_noise(m)) {
-        words_from(m, d, static_cast<uint64_t>(m.element_offset + at), words);
-      }
+      const int64_t o = o0 + kOfThread * warp + a;
+      if (p.dlogits != nullptr && o < l.out) {
+        float w[4];
+        load_part(l.type, l.weight, o * l.in + i, l.in - i, w);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const MaskValue v =
-            mask_value<kMode, true>(m, cut, logits[a][j], e[a][j], words[j], at + j);
-        sums[a][j] = fmaf(v.slope, dots[a][j], sums[a][j]);
+        for (int j = 0; j < 4; ++j) {
+          w[j] *= sums[a][j];
+        }
+        store_part(p.dlogits + (set * l.out + o) * l.in + i, l.in - i, w);
       }
     }
   }
+  if (kWeight) {
 #pragma unroll
-  for (int a = 0; a < kOfThread; ++a) {
-    const int64_t o = o0 + kOfThread * warp + a;
-    if (o < p.out && i < p.in) {
-      float w[4];
-      load_part(p.weight + o * p.in + i, p.in - i, w);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        w[j] *= sums[a][j];
+    for (int a = 0; a < kOfThread; ++a) {
+      const int64_t o = o0 + kOfThread * warp + a;
+      if (o < l.out) {
+        store_part(l.type, p.dweight, o * l.in + i, l.in - i, dweight[a]);
       }
-      store_part(p.dlogits + (set * p.out + o) * p.in + i, p.in - i, w);
     }
   }
 }
 
-template <typename T>
 struct FinishParams {
+  MaskedLinear layer;
   const float* partials;  // [splits, batch, columns]
   int64_t splits;
-  int64_t batch;
   int64_t columns;
-  T* to;                     // [batch, columns]
-  const T* bias;             // [columns] or null
-  MaskParams mask;           // of the bias; element_offset = 0
-  int64_t rows;              // per group
-  const float* bias_logits;  // [sets, columns] or null: the bias has no mask
-  const uint8_t* bias_bits;  // or [sets, ceil(columns / 8)] with row_sets
-  const int64_t* row_sets;
+  void* to;     // [batch, columns]
+  bool biased;  // adds the bias of the layer
 };
+
+inline FinishParams finish_params(const LinearParams& p, void* to) {
+  const bool backward = p.plan.backward;
+  return {
+      p.layer,
+      p.partials,
+      p.plan.splits,
+      backward ? p.layer.in : p.layer.out,
+      to,
+      !backward && p.layer.bias != nullptr};
+}
 
 constexpr int kFinishThreads = 256;
 
-template <typename T>
-inline LaunchShape finish_shape(const FinishParams<T>& p) {
-  const int64_t blocks = (p.batch * p.columns + kFinishThreads - 1) / kFinishThreads;
+inline LaunchShape finish_shape(const FinishParams& p) {
+  const int64_t blocks = (p.layer.batch() * p.columns + kFinishThreads - 1) / kFinishThreads;
   return {dim3(static_cast<unsigned>(blocks)), dim3(kFinishThreads), 0};
 }
 
-// The value of the mask of one weight by itself.
-template <bool kHard>
+// The mask of one weight by itself; the value is 0 or 1 where masks are hard.
 MODMASK_DEVICE MaskValue single_mask(
-    const MaskParams& p, const float* logits, int64_t count, int64_t set, int64_t k, int64_t i) {
+    const MaskParams& p,
+    bool hard,
+    const float* logits,
+    int64_t count,
+    int64_t set,
+    int64_t k,
+    int64_t i) {
   const float logit = load(logits + (p.shared ? 0 : set * count) + i);
-  const Draws d = draws_of(p, set, k);
-  uint32_t word = 0;
-  if (has_noise(p)) {
-    const uint64_t element = static_cast<uint64_t>(p.element_offset + i);
-    const PhiloxWords words = words_of(p, d, element >> 2);
-    const uint32_t at = element & 3;
-    word = at == 0 ? words.w[0] : at == 1 ? words.w[1] : at == 2 ? words.w[2] : words.w[3];
-  }
+  const uint32_t word = word_at(p, draws_of(p, set, k), i);
   MaskValue v =
       mask_value<MaskMode::kGeneral, true>(p, cut_of(p, set), logit, exp_minus(logit), word, i);
-  if (kHard) {
+  if (hard) {
     v.value = v.kept ? 1.0f : 0.0f;
   }
   return v;
 }
 
 // The sums of all splits in their order, plus the bias under its mask.
-template <typename T, bool kHard>
-__global__ void __launch_bounds__(kFinishThreads) finish_linear(FinishParams<T> p) {
+__global__ void __launch_bounds__(kFinishThreads) finish_linear(FinishParams p) {
+  const MaskedLinear& l = p.layer;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
-  if (at >= p.batch * p.columns) {
+  const int64_t count = l.batch() * p.columns;
+  if (at >= count) {
     return;
   }
   float sum = 0.0f;
   for (int64_t s = 0; s < p.splits; ++s) {
-    sum += load(p.partials + s * p.batch * p.columns + at);
+    sum += load(p.partials + s * count + at);
   }
-  if (p.bias != nullptr) {
+  if (p.biased) {
     const int64_t row = at / p.columns, column = at - row * p.columns;
-    float bias = to_float(load(p.bias + column));
-    if (p.bias_logits != nullptr) {
-      const int64_t group = row / p.rows;
-      const MaskValue v = single_mask<kHard>(
-          p.mask, p.bias_logits, p.columns, group / p.mask.samples, group % p.mask.samples, column);
-      bias = kHard ? (v.kept ? bias : 0.0f) : bias * v.value;
-    } else if (p.bias_bits != nullptr) {
-      const uint8_t* bits = p.bias_bits + load(p.row_sets + row) * ((p.columns + 7) / 8);
-      bias = (load(bits + column / 8) >> (column % 8) & 1u) != 0 ? bias : 0.0f;
+    float bias[1];
+    load_part(l.type, l.bias, column, 1, bias);
+    if (l.bias_logits != nullptr) {
+      const int64_t group = row / l.rows, set = group / l.mask.samples;
+      const MaskValue v = single_mask(
+          l.bias_mask, l.hard, l.bias_logits, p.columns, set, group - set * l.mask.samples, column);
+      bias[0] = l.hard ? (v.kept ? bias[0] : 0.0f) : bias[0] * v.value;
+    } else if (l.bias_bits != nullptr) {
+      const uint8_t* bits = l.bias_bits + load(l.row_sets + row) * ((p.columns + 7) / 8);
+      bias[0] = (load(bits + column / 8) >> (column % 8) & 1u) != 0 ? bias[0] : 0.0f;
     }
-    sum += bias;
+    sum += bias[0];
   }
-  store(p.to + at, from_float<T>(sum));
+  const float result[1] = {sum};
+  store_part(l.type, p.to, at, 1, result);
 }
 
-template <typename T>
 struct BiasGradientParams {
-  MaskParams mask;  // of the bias; element_offset = 0
-  int64_t rows;
-  int64_t columns;
-  const T* dy;               // [batch, columns]
-  const T* bias;             // [columns], where there are bias_logits
-  const float* bias_logits;  // [sets, columns] or null
-  T* dbias;                  // [columns] or null
-  float* dbias_logits;       // [sets, columns] or null
+  MaskedLinear layer;
+  const float* sums;    // [sets * samples, out]: dy, added up over the rows of each group
+  void* dbias;          // [out] or null
+  float* dbias_logits;  // [sets, out] or null
 };
 
-template <typename T>
-inline LaunchShape bias_gradient_shape(const BiasGradientParams<T>& p) {
-  return {dim3(static_cast<unsigned>((p.columns + 31) / 32)), dim3(32), 0};
+inline LaunchShape bias_gradient_shape(const BiasGradientParams& p) {
+  return {dim3(static_cast<unsigned>((p.layer.out + 31) / 32)), dim3(32), 0};
 }
 
-// One thread per output, over all groups and rows in their order.
-template <typename T, bool kHard>
-__global__ void __launch_bounds__(32) bias_gradients(BiasGradientParams<T> p) {
+// One thread per output, over all groups in their order.
+__global__ void __launch_bounds__(32) bias_gradients(BiasGradientParams p) {
+  const MaskedLinear& l = p.layer;
   const int64_t o = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  if (o >= p.columns) {
+  if (o >= l.out) {
     return;
   }
-  float dbias = 0.0f;
-  for (int64_t set = 0; set < p.mask.sets; ++set) {
+  float bias[1], dbias[1] = {0.0f};
+  load_part(l.type, l.bias, o, 1, bias);
+  for (int64_t set = 0; set < l.mask.sets; ++set) {
     float dlogit = 0.0f;
-    for (int64_t k = 0; k < p.mask.samples; ++k) {
-      float column = 0.0f;
-      for (int64_t r = 0; r < p.rows; ++r) {
-        column += to_float(load(p.dy + ((set * p.mask.samples + k) * p.rows + r) * p.columns + o));
-      }
-      MaskValue v{true, 1.0f, 0.0f};
-      if (p.bias_logits != nullptr) {
-        v = single_mask<kHard>(p.mask, p.bias_logits, p.columns, set, k, o);
-      }
-      dbias += v.value * column;
-      dlogit += v.slope * column;
+    for (int64_t k = 0; k < l.mask.samples; ++k) {
+      const float sum = load(p.sums + (set * l.mask.samples + k) * l.out + o);
+      const MaskValue v = single_mask(l.bias_mask, l.hard, l.bias_logits, l.out, set, k, o);
+      dbias[0] += v.value * sum;
+      dlogit += v.slope * sum;
     }
     if (p.dbias_logits != nullptr) {
-      store(p.dbias_logits + set * p.columns + o, dlogit * to_float(load(p.bias + o)));
+      store(p.dbias_logits + set * l.out + o, dlogit * bias[0]);
     }
   }
   if (p.dbias != nullptr) {
-    store(p.dbias + o, from_float<T>(dbias));
+    store_part(l.type, p.dbias, o, 1, dbias);
   }
 }
 

@@ -5,57 +5,77 @@ namespace modmask::cuda {
 
 namespace {
 
-// Every row is a sample of one set.
-LinearPlan plan_select(int64_t rows, int64_t in, int64_t out) {
-  return plan_linear(in, out, 1, rows, 1, false, false);
+template <MaskMode kMode, bool kSoft, int kRows>
+void launch_product(const LinearParams& p, Stream stream) {
+  p.plan.backward
+      ? launch("masked_linear_dx", masked_linear_dx<kMode, kSoft, kRows>, p.plan.shape, p, stream)
+      : launch(
+            "masked_linear_forward", masked_linear_forward<kMode, kSoft, kRows>, p.plan.shape, p,
+            stream);
 }
 
-template <typename T>
-void select_linear(const SelectLinear& s, Stream stream) {
-  LinearParams<T> p{};
-  p.plan = plan_select(s.rows, s.in, s.out);
-  p.mask.sets = 1;
-  p.mask.samples = s.rows;
-  p.rows = 1;
-  p.in = s.in;
-  p.out = s.out;
-  p.from = static_cast<const T*>(s.x);
-  p.weight = static_cast<const T*>(s.weight);
-  p.bits = s.bits;
-  p.row_sets = s.row_sets;
-  p.partials = s.partials;
-  launch(
-      "masked_linear_forward", masked_linear_forward<T, MaskMode::kPacked, false, 1>, p.plan.shape,
-      p, stream);
-  FinishParams<T> f{};
-  f.partials = s.partials;
-  f.splits = p.plan.splits;
-  f.batch = s.rows;
-  f.columns = s.out;
-  f.to = static_cast<T*>(s.y);
-  f.bias = static_cast<const T*>(s.bias);
-  f.mask = p.mask;
-  f.rows = 1;
-  f.bias_bits = s.bias_bits;
-  f.row_sets = s.row_sets;
-  launch("finish_linear", finish_linear<T, true>, finish_shape(f), f, stream);
+template <MaskMode kMode>
+void launch_hard_product(const LinearParams& p, Stream stream) {
+  switch (p.plan.job_rows) {
+    case 1:
+      return launch_product<kMode, false, 1>(p, stream);
+    case 4:
+      return launch_product<kMode, false, 4>(p, stream);
+    default:
+      return launch_product<kMode, false, 8>(p, stream);
+  }
+}
+
+void launch_whole_product(const LinearParams& p, void* to, Stream stream) {
+  if (p.layer.packed.bits != nullptr) {
+    launch_hard_product<MaskMode::kPacked>(p, stream);
+  } else if (p.layer.hard) {
+    launch_hard_product<MaskMode::kPlain>(p, stream);
+  } else {
+    launch_product<MaskMode::kGeneral, true, 8>(p, stream);
+  }
+  const FinishParams finish = finish_params(p, to);
+  launch("finish_linear", finish_linear, finish_shape(finish), finish, stream);
 }
 
 }  // namespace
 
-int64_t select_linear_partials(int64_t rows, int64_t in, int64_t out) {
-  return plan_select(rows, in, out).splits * rows * out;
+int64_t masked_linear_partials(const MaskedLinear& l, bool backward) {
+  const LinearParams p = linear_params(l, backward, nullptr, nullptr);
+  return p.plan.splits * l.batch() * (backward ? l.in : l.out);
 }
 
-void launch_select_linear(const SelectLinear& s, Stream stream) {
-  switch (s.type) {
-    case ElementType::kFloat32:
-      return select_linear<float>(s, stream);
-    case ElementType::kBFloat16:
-      return select_linear<__nv_bfloat16>(s, stream);
-    case ElementType::kFloat16:
-      return select_linear<__half>(s, stream);
-  }
+void launch_masked_linear(
+    const MaskedLinear& l, const void* x, float* partials, void* y, Stream stream) {
+  launch_whole_product(linear_params(l, false, x, partials), y, stream);
+}
+
+void launch_masked_linear_dx(
+    const MaskedLinear& l, const void* dy, float* partials, void* dx, Stream stream) {
+  launch_whole_product(linear_params(l, true, dy, partials), dx, stream);
+}
+
+void launch_masked_linear_gradients(
+    const MaskedLinear& l,
+    const void* x,
+    const void* dy,
+    float* dlogits,
+    void* dweight,
+    Stream stream) {
+  const LinearGradientParams p{l, x, dy, dlogits, dweight};
+  const bool plain = mode_of(l.mask) == MaskMode::kPlain;
+  const auto kernel = dweight == nullptr
+                          ? (plain ? masked_linear_gradients<MaskMode::kPlain, false>
+                                   : masked_linear_gradients<MaskMode::kGeneral, false>)
+                          : (plain ? masked_linear_gradients<MaskMode::kPlain, true>
+                                   : masked_linear_gradients<MaskMode::kGeneral, true>);
+  launch("masked_linear_gradients", kernel, linear_gradient_shape(p), p, stream);
+}
+
+void launch_bias_gradients(
+    const MaskedLinear& l, const float* sums, void* dbias, float* dbias_logits, Stream stream) {
+  const BiasGradientParams p{l, sums, dbias, dbias_logits};
+  launch("bias_gradients", bias_gradients, bias_gradient_shape(p), p, stream);
 }
 
 }  // namespace modmask::cuda

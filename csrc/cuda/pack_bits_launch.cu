@@ -7,6 +7,18 @@ void launch_pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits, Stream 
   launch<PackBits>("pack_bits", pack_bits, pack_bits_shape(count), {mask, count, bits}, stream);
 }
 
+void launch_expand_bits(
+    const BlockSizes& sizes,
+    int64_t masks,
+    const uint8_t* from,
+    int64_t from_stride,
+    uint8_t* to,
+    int64_t to_stride,
+    Stream stream) {
+  const ExpandBits p = expand_params(sizes, from, from_stride, to, to_stride);
+  launch("expand_bits", expand_bits, expand_shape(p, masks), p, stream);
+}
+
 int toolkit_version() {
   return CUDART_VERSION;
 }

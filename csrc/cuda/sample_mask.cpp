@@ -1,4 +1,5 @@
-// modmask::sample_mask_cuda, sample_mask_packed_cuda and the backward. Schemas live in Python.
+// modmask::sample_mask_cuda, sample_mask_packed_cuda, the backward, and the masks of a product as
+// words of bits. Schemas live in Python.
 
 #include <optional>
 #include <vector>
@@ -14,6 +15,7 @@ struct SampleArguments {
   SampleShape shape;
   Operand logits, seed;
   MaskParams mask;
+  Cuts cuts;
 
   SampleArguments(
       const Tensor& logits_,
@@ -33,8 +35,8 @@ struct SampleArguments {
     mask = drawn_masks<MaskParams>(
         seed_, seed.data<int64_t>(), shape.sets, samples, tensor_id, sample_offset, element_offset,
         tau, estimator);
-    STD_TORCH_CHECK(mask.estimator != Estimator::kTopK, "top_k has no CUDA kernel");
     mask.shared = shape.shared;
+    cuts = Cuts(place, mask, estimator, logits_, logits.data<float>(), shape.count);
     if (!n_of_m.empty()) {
       shape.keep_n_of_m(mask, logits_, n_of_m, hard, estimator);
     }
@@ -86,8 +88,10 @@ Tensor sample_mask_packed(
       {estimator, low, high, clamp, antithetic}, n_of_m);
   Tensor bits = torch::stable::new_empty(logits, a.shape.of_bits(a.mask.samples), ScalarType::Byte);
   if (bits.numel() > 0) {
+    const int64_t bytes = (a.shape.count + 7) / 8;
     launch_sample_bits(
-        a.mask, a.logits.data<float>(), a.shape.count, results<uint8_t>(bits), a.place.stream());
+        a.mask, a.logits.data<float>(), a.shape.count,
+        {results<uint8_t>(bits), bytes, a.shape.sets * bytes}, a.place.stream());
   }
   return bits;
 }
@@ -123,11 +127,86 @@ Tensor sample_mask_backward(
   return dlogits;
 }
 
+// Words after those of a mask, which tiles of a product read beyond its end.
+constexpr int64_t kSlack = 16;
+
+// Hard masks of a weight of shape `shape`, one bit each, for every group: int32 [sets, samples,
+// words]. logits: [sets, ...] of that shape, or of one that divides it.
+Tensor mask_words(
+    Tensor logits,
+    std::optional<Tensor> seed,
+    std::vector<int64_t> shape,
+    int64_t samples,
+    int64_t tensor_id,
+    int64_t sample_offset,
+    int64_t element_offset,
+    int64_t estimator,
+    double low,
+    double high,
+    double clamp,
+    bool antithetic,
+    std::vector<int64_t> n_of_m) {
+  const Place place(logits);
+  const EstimatorArguments how{estimator, low, high, clamp, antithetic};
+  const bool shared = are_shared(logits, logits.dim());
+  const Operand data(place, logits, "logits", shared), seeds(place, seed, "seed");
+  check_float32(logits, "logits");
+  const int64_t dims = static_cast<int64_t>(shape.size());
+  STD_TORCH_CHECK(
+      0 < dims && dims <= 4 && logits.dim() == dims + 1 && logits.size(0) > 0,
+      "logits must be [sets, ...] of a weight of 1 to 4 dimensions");
+  const int64_t sets = logits.size(0), count = logits.numel() / sets;
+  BlockSizes sizes{};
+  int64_t whole = 1;
+  for (int64_t d = 0; d < 4; ++d) {
+    const int64_t at = d - (4 - dims);
+    sizes.whole[d] = at < 0 ? 1 : shape[at];
+    sizes.small[d] = at < 0 ? 1 : logits.size(at + 1);
+    whole *= sizes.whole[d];
+    STD_TORCH_CHECK(
+        sizes.small[d] == sizes.whole[d] ||
+            (sizes.small[d] > 0 && sizes.whole[d] % sizes.small[d] == 0),
+        "logits must have the shape of the weight, or divide it in every dimension");
+  }
+  MaskParams mask = drawn_masks<MaskParams>(
+      seed, seeds.data<int64_t>(), sets, samples, tensor_id, sample_offset, element_offset, 1.0,
+      how);
+  mask.shared = shared;
+  const Cuts cuts(place, mask, how, logits, data.data<float>(), count);
+  if (!n_of_m.empty()) {
+    STD_TORCH_CHECK(count == whole && dims > 1, "n_of_m needs logits like the weight [out, in]");
+    keep_n_of_m(mask, n_of_m, shape[1], count / (shape[0] * shape[1]), how);
+  }
+  const auto words_of = [&](int64_t bits) {
+    return torch::stable::new_empty(
+        logits, {sets, mask.samples, (bits + 31) / 32 + kSlack}, ScalarType::Int);
+  };
+  Tensor small = words_of(count);
+  if (count == 0 || mask.samples == 0) {
+    return count == whole ? small : words_of(whole);
+  }
+  const int64_t bytes = small.size(2) * 4;
+  launch_sample_bits(
+      mask, data.data<float>(), count, {results<uint8_t>(small), mask.samples * bytes, bytes},
+      place.stream());
+  if (count == whole) {
+    return small;
+  }
+  Tensor words = words_of(whole);
+  if (whole > 0) {
+    launch_expand_bits(
+        sizes, sets * mask.samples, results<uint8_t>(small), bytes, results<uint8_t>(words),
+        words.size(2) * 4, place.stream());
+  }
+  return words;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
   m.impl("sample_mask_cuda", TORCH_BOX(&sample_mask));
   m.impl("sample_mask_packed_cuda", TORCH_BOX(&sample_mask_packed));
+  m.impl("mask_words_cuda", TORCH_BOX(&mask_words));
   m.impl("sample_mask_backward_cuda", TORCH_BOX(&sample_mask_backward));
 }
 

@@ -14,7 +14,7 @@ struct SampleParams {
   MaskParams mask;
   const float* logits;  // [sets, count], or [count] where the sets share them
   int64_t count;
-  uint8_t* bits;         // [samples, sets, ceil(count / 8)]
+  MaskBits packed;
   float* values;         // [samples, sets, count]
   const float* dvalues;  // likewise
   float* dlogits;        // [sets, count]
@@ -92,13 +92,11 @@ __global__ void __launch_bounds__(kSampleThreads) sample_bits(SampleParams p) {
   if (octet.left <= 0) {
     return;
   }
-  const int64_t bytes = (p.count + kOctet - 1) / kOctet;
+  uint8_t* byte = p.packed.bits + octet.set * p.packed.set_stride + octet.i / kOctet;
   const uint32_t inside = octet.left < kOctet ? (1u << octet.left) - 1u : 0xFFu;
   for_samples<kMode, false>(
       p, octet, [&](int64_t k, uint32_t kept, const float (&)[kOctet], const float (&)[kOctet]) {
-        store(
-            p.bits + (k * p.mask.sets + octet.set) * bytes + octet.i / kOctet,
-            static_cast<uint8_t>(kept & inside));
+        store(byte + k * p.packed.sample_stride, static_cast<uint8_t>(kept & inside));
       });
 }
 

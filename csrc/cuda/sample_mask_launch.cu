@@ -4,8 +4,8 @@
 namespace modmask::cuda {
 
 void launch_sample_bits(
-    const MaskParams& mask, const float* logits, int64_t count, uint8_t* bits, Stream stream) {
-  const SampleParams p{mask, logits, count, bits, nullptr, nullptr, nullptr};
+    const MaskParams& mask, const float* logits, int64_t count, const MaskBits& to, Stream stream) {
+  const SampleParams p{mask, logits, count, to, nullptr, nullptr, nullptr};
   with_mode(mask, [&](auto mode) {
     launch("sample_bits", sample_bits<decltype(mode)::value>, sample_shape(p), p, stream);
   });
@@ -18,7 +18,7 @@ void launch_sample_values(
     bool hard,
     float* values,
     Stream stream) {
-  const SampleParams p{mask, logits, count, nullptr, values, nullptr, nullptr};
+  const SampleParams p{mask, logits, count, {}, values, nullptr, nullptr};
   if (hard) {
     with_mode(mask, [&](auto mode) {
       launch(
@@ -39,7 +39,7 @@ void launch_sample_backward(
     const float* dvalues,
     float* dlogits,
     Stream stream) {
-  const SampleParams p{mask, logits, count, nullptr, nullptr, dvalues, dlogits};
+  const SampleParams p{mask, logits, count, {}, nullptr, dvalues, dlogits};
   // n of m has the slopes of masks that decide each weight by itself
   const auto kernel = mode_of(mask) == MaskMode::kPlain ? sample_backward<MaskMode::kPlain>
                                                         : sample_backward<MaskMode::kGeneral>;

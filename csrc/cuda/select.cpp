@@ -25,25 +25,29 @@ Tensor select_linear(
     std::optional<Tensor> bias,
     std::optional<Tensor> bias_masks) {
   const Place place(x);
-  SelectLinear s{};
-  s.type = element_type(x, "x");
   STD_TORCH_CHECK(weight.dim() == 2, "weight must be [out, in]");
-  s.rows = x.size(0);
-  s.out = weight.size(0);
-  s.in = weight.size(1);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == s.in, "x must be [batch, in]");
+  // every row is a sample of one set
+  MaskedLinear l{};
+  l.type = element_type(x, "x");
+  l.mask.sets = 1;
+  l.mask.samples = x.size(0);
+  l.hard = true;
+  l.rows = 1;
+  l.out = weight.size(0);
+  l.in = weight.size(1);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == l.in, "x must be [batch, in]");
   check_same_type(weight, x, "weight");
   check_bits(masks, weight.numel(), "masks");
   STD_TORCH_CHECK(
       row_sets.scalar_type() == ScalarType::Long && row_sets.dim() == 1 &&
-          row_sets.size(0) == s.rows,
-      "row_sets must be int64 [", s.rows, "]");
+          row_sets.size(0) == x.size(0),
+      "row_sets must be int64 [", x.size(0), "]");
   if (bias.has_value()) {
     check_same_type(*bias, x, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.out, "bias must be [out]");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == l.out, "bias must be [out]");
   }
   if (bias_masks.has_value()) {
-    check_bits(*bias_masks, s.out, "bias_masks");
+    check_bits(*bias_masks, l.out, "bias_masks");
     STD_TORCH_CHECK(
         bias.has_value() && bias_masks->size(0) == masks.size(0),
         "bias_masks must come with a bias and have as many sets as masks");
@@ -51,20 +55,17 @@ Tensor select_linear(
   const Operand x_data(place, x, "x"), weight_data(place, weight, "weight");
   const Operand bits(place, masks, "masks"), rows(place, row_sets, "row_sets");
   const Operand bias_data(place, bias, "bias"), bias_bits(place, bias_masks, "bias_masks");
-  const int64_t shape[] = {s.rows, s.out};
-  Tensor y = empty_like(x, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2));
+  Tensor y = torch::stable::new_empty(x, {x.size(0), l.out});
   if (y.numel() > 0) {
-    Tensor partials = torch::stable::new_empty(
-        x, {select_linear_partials(s.rows, s.in, s.out)}, ScalarType::Float);
-    s.x = x_data.data<void>();
-    s.weight = weight_data.data<void>();
-    s.bits = bits.data<uint8_t>();
-    s.row_sets = rows.data<int64_t>();
-    s.bias = bias_data.data<void>();
-    s.bias_bits = bias_bits.data<uint8_t>();
-    s.partials = results<float>(partials);
-    s.y = results<void>(y);
-    launch_select_linear(s, place.stream());
+    l.weight = weight_data.data<void>();
+    l.packed = {const_cast<uint8_t*>(bits.data<uint8_t>()), masks.size(1), 0};
+    l.row_sets = rows.data<int64_t>();
+    l.bias = bias_data.data<void>();
+    l.bias_bits = bias_bits.data<uint8_t>();
+    Tensor partials =
+        torch::stable::new_empty(x, {masked_linear_partials(l, false)}, ScalarType::Float);
+    launch_masked_linear(
+        l, x_data.data<void>(), results<float>(partials), results<void>(y), place.stream());
   }
   return y;
 }

@@ -9,8 +9,9 @@ static_assert(offsetof(TopKWorkspace, state) + offsetof(TopKState, nan) == kTopK
 
 namespace {
 
+// All but what is written in the end.
 template <typename T>
-void launch_all(const TopKParams& p, Stream stream) {
+void launch_search(const TopKParams& p, Stream stream) {
   const LaunchShape shape = top_k_shape(p), single = top_k_single_shape();
   launch("top_k_start", top_k_start, single, p, stream);
   for (int digit = 0; digit < 3; ++digit) {
@@ -19,7 +20,12 @@ void launch_all(const TopKParams& p, Stream stream) {
   }
   launch("top_k_ties", top_k_ties<T>, shape, p, stream);
   launch("top_k_ranks", top_k_ranks, single, p, stream);
-  launch("top_k_write", top_k_write<T>, shape, p, stream);
+}
+
+template <typename T>
+void launch_all(const TopKParams& p, Stream stream) {
+  launch_search<T>(p, stream);
+  launch("top_k_write", top_k_write<T>, top_k_shape(p), p, stream);
 }
 
 }  // namespace
@@ -66,6 +72,35 @@ void launch_top_k(
       return launch_all<__nv_bfloat16>(p, stream);
     case ElementType::kFloat16:
       return launch_all<__half>(p, stream);
+  }
+}
+
+void launch_top_k_cuts(
+    const float* logits,
+    int64_t sets,
+    bool shared,
+    int64_t count,
+    int64_t k,
+    Cut* cuts,
+    void* list,
+    void* workspace,
+    Stream stream) {
+  for (int64_t set = 0; set < sets; ++set) {
+    TopKList listed{};
+    listed.count = 1;
+    listed.tensors[0] = {logits + (shared ? 0 : set * count), nullptr, count, 0};
+    listed.to = static_cast<TopKTensor*>(list);
+    launch("top_k_list", top_k_list, top_k_list_shape(), listed, stream);
+    TopKParams p{};
+    p.tensors = listed.to;
+    p.count = 1;
+    p.units = top_k_units(count);
+    p.k = k;
+    p.largest = true;
+    p.workspace = static_cast<TopKWorkspace*>(workspace);
+    p.cut = cuts + set;
+    launch_search<float>(p, stream);
+    launch("top_k_cut", top_k_cut, top_k_shape(p), p, stream);
   }
 }
 

@@ -179,3 +179,81 @@ def crossover(of_rows: Callable[[int], Product], device: Device) -> int:
             break
         most = rows
     return most
+
+
+# The kernel for few rows, in CUDA C++: instructions of a lane per weight that a block reads, per
+# mask of it that is drawn or unpacked, per job of up to 1, 4 or 8 rows, and per row. By hand from
+# csrc/cuda/masked_linear.cuh, whose inner loops are short; a figure measured would be better.
+FEW_WEIGHT = 40.0
+FEW_DRAW = 25.0
+FEW_UNPACK = 12.0
+FEW_JOB = 5.0
+FEW_ROW = 1.3
+FEW_JOBS = 8  # of a block, which reads the weight and its logits once for all of them
+KINDS = ("cuda", "triton")
+
+
+def predict_few_rows(p: Product, device: Device) -> dict[str, float]:
+    """Seconds of a product by the kernel for few rows, drawing included, as `predict` has them."""
+    weights = p.outputs * p.inputs
+    groups = p.sets * p.per_set
+    height = 1 if p.rows <= 1 else 4 if p.rows <= 4 else 8
+    jobs = math.ceil(p.rows / height)
+    reads = p.sets * math.ceil(p.per_set * jobs / FEW_JOBS)
+    tiles = max(groups, reads)  # of masks
+    products = groups * jobs * weights * (FEW_JOB + height * FEW_ROW)
+    operands = reads * weights * p.element_size + groups * p.rows * (p.inputs + p.outputs) * (
+        p.element_size + 4
+    )
+    bits, logits = groups * weights / 8, 4 * p.sets * weights
+
+    def seconds(traffic: float, instructions: float) -> float:
+        return max(traffic / device.bandwidth, instructions / device.lanes) / SHARE + LAUNCH
+
+    of_reads = reads * weights * FEW_WEIGHT + products
+    pack = seconds(logits + bits, PACK * groups * weights)
+    unpacked = of_reads + tiles * weights * FEW_UNPACK
+    drawn = of_reads + tiles * weights * FEW_DRAW
+    # one launch more adds the parts up
+    return {
+        "bits": pack + LAUNCH + seconds(operands + bits, unpacked),
+        "regenerate": LAUNCH + seconds(operands + 4 * reads * weights, drawn),
+    }
+
+
+class Way(NamedTuple):
+    """How a product is computed: by which kernels, `cuda` or `triton`, with masks from where."""
+
+    kind: str
+    source: str
+    reason: str
+    seconds: dict[tuple[str, str], float]
+
+
+def choose_way(
+    p: Product,
+    device: Device,
+    kinds: tuple[str, ...],
+    sources: tuple[str, ...] = SOURCES,
+    forced: str | None = FORCED_SOURCE,
+) -> Way:
+    """The quickest of the kinds of kernels and sources of masks: a function of sizes and device.
+
+    Args:
+        kinds: of `KINDS`, those that serve.
+        sources: of `SOURCES`, those that the masks allow.
+        forced: a source that is taken where the masks allow it.
+    """
+    if forced in sources:
+        sources = (forced,)
+    predicted = {"cuda": predict_few_rows, "triton": predict}
+    seconds = {
+        (kind, source): predicted[kind](p, device)[source] for kind in kinds for source in sources
+    }
+    kind, source = min(seconds, key=seconds.__getitem__)
+    if len(kinds) == 1:
+        reason = f"the only kernels here, for {device.name}"
+    else:
+        times = ", ".join(f"{k} {s} {1e6 * t:.0f} us" for (k, s), t in seconds.items())
+        reason = f"predicted for {device.name}: {times}"
+    return Way(kind, source, reason, seconds)

@@ -106,7 +106,7 @@ class MaskedProduct:
         _library.define(
             f"{name}_backward(Tensor dy, {_OPERANDS}, {options}{_DRAW}, {_NEEDS}) "
             "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-            self._backward_reference,
+            self.backward_reference,
         )
 
         @_library.fake(name)
@@ -242,7 +242,8 @@ class MaskedProduct:
         apply: Callable[..., Tensor] = Function.apply
         return apply
 
-    def _backward_reference(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def backward_reference(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """The backward operation in plain PyTorch, arguments in the order of its schema."""
         given, rest, needs = arguments[:5], arguments[5:-5], arguments[-5:]
         with torch.enable_grad():
             leaves: list[Any] = [

@@ -97,6 +97,25 @@ def test_products(device: torch.device, name: str, draw: dict, dtype: torch.dtyp
     check_close((key, ours[key].cpu(), plain[key].cpu(), exact[key]) for key in ours)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["linear-one-row", "linear-even"])
+@pytest.mark.parametrize("draw", [{"estimator": "top_k"}, {"n_of_m": (2, 4)}, {}], ids=str)
+def test_masks_packed_before_a_product(
+    device: torch.device, name: str, draw: dict, dtype: torch.dtype
+) -> None:
+    """Those that rank weights, and one logit for blocks of them."""
+    case = CASES[name]
+    if not draw:
+        blocks = case.tensors["logits"][:, ::2, ::4].clone()
+        case = case._replace(tensors={**case.tensors, "logits": blocks})
+    tensors = operations.moved(case, device, dtype)
+    ours = operations.results(case, tensors, **draw)
+    with by_reference():
+        plain = operations.results(case, tensors, **draw)
+    exact = operations.exact(case, tensors, **draw)
+    check_close((key, ours[key].cpu(), plain[key].cpu(), exact[key]) for key in ours)
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 @pytest.mark.parametrize("hard", [True, False])
 def test_sampled_values(device: torch.device, hard: bool, tau: float) -> None:

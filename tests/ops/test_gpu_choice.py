@@ -115,27 +115,63 @@ print(_gpu.absent())
     assert done.stdout.splitlines() == ["Triton is not installed"], done.stderr
 
 
+@pytest.fixture(params=[True, False], ids=["with CUDA C++", "without"])
+def with_cuda(request, monkeypatch):
+    monkeypatch.setattr(_native, "cuda_loaded", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.skipif(_gpu.TRITON_ERROR is not None, reason="Triton is not installed")
-def test_explain_a_layer():
+def test_explain_a_layer(with_cuda):
     from modmask_kernels.ops import estimators
     from modmask_kernels.ops.masked_linear import gpu
 
+    rule = estimators.gumbel_sigmoid()
     weight, logits = torch.empty(512, 512, dtype=torch.bfloat16), torch.empty(1, 512, 512)
-    backend, why = gpu.explain(weight, logits, 4, estimators.gumbel_sigmoid(), device=H100)
+    backend, why = gpu.explain(weight, logits, 4, rule, device=H100)
     assert backend == "triton"
     assert "up to" in why
     assert "H100" in why
-    large = torch.empty(8192, 8192, dtype=torch.bfloat16)
-    _, why = gpu.explain(
-        large, torch.empty(1, 8192, 8192), 4, estimators.gumbel_sigmoid(), device=H100
-    )
-    assert why.startswith("masks packed, then multiplied")
-    backend, why = gpu.explain(weight, logits, 4, estimators.top_k(), device=H100)
-    assert (backend, why) == ("reference", "no GPU kernel for the estimator top_k")
-    backend, why = gpu.explain(
-        weight, logits, 4, estimators.gumbel_sigmoid(), n_of_m=(2, 4), device=H100
-    )
-    assert (backend, why) == ("reference", "no GPU kernel for n_of_m")
+    assert why.startswith("triton")
+    assert ("cuda: the CUDA kernels are absent" in why) == (not with_cuda)
+    wide = torch.empty(4096, 4096)
+    _, why = gpu.explain(wide, wide.unsqueeze(0), 4, rule, device=H100)
+    assert why.startswith("cuda" if with_cuda else "triton")
+    for more in ({"estimator": estimators.top_k()}, {"estimator": rule, "n_of_m": (2, 4)}):
+        backend, why = gpu.explain(weight, logits, 4, device=H100, **more)
+        assert backend == ("triton" if with_cuda else "reference")
+        assert ("packed" in why) if with_cuda else why.startswith("no GPU kernel for")
+
+
+def test_few_rows_are_for_cuda_and_many_for_triton():
+    """Of float32, whose products have no matrix units: a tile of 16 costs what it has."""
+    wide = LARGE._replace(element_size=4)
+    for device in DEVICES:
+        kinds = [
+            _gpu.choose_way(
+                wide._replace(rows=rows, tile=16 if rows <= 16 else 64), device, _gpu.KINDS
+            ).kind
+            for rows in (1, 2, 4, 8, 64, 512, 8192)
+        ]
+        assert kinds == sorted(kinds)
+        assert (kinds[0], kinds[-1]) == ("cuda", "triton")
+
+
+def test_the_model_of_few_rows_counts_what_it_says():
+    """Without arithmetic time is traffic: weight and logits for every eight jobs of a set."""
+    free = H100._replace(lanes=1e30, dense=(1e30,) * 3)
+    p = Product(2, 3, 20, 64, 128, 2)
+    weights, rows = 64 * 128, 6 * 20 * (64 + 128)
+    reads = 2 * 2  # 3 samples of 3 jobs of 8 rows
+    moved = reads * weights * (2 + 4) + rows * (2 + 4)
+    expected = moved / H100.bandwidth / _gpu.SHARE + 2 * _gpu.LAUNCH
+    assert _gpu.predict_few_rows(p, free)["regenerate"] == pytest.approx(expected)
+
+
+def test_one_kind_serves_alone():
+    way = _gpu.choose_way(LARGE, H100, ("cuda",), forced="bits")
+    assert way[:2] == ("cuda", "bits")
+    assert "only kernels" in way.reason
 
 
 @pytest.mark.skipif(_gpu.TRITON_ERROR is not None, reason="Triton is not installed")

@@ -7,136 +7,113 @@ using namespace modmask::cuda;
 
 namespace {
 
-// f(integral_constant<MaskMode>, bool_constant<soft>, integral_constant<rows>) of a product. Not
-// all masks are compiled for 16-bit storage, which has nothing to do with them.
-template <typename T, typename F>
-void with_product(const MaskParams& mask, bool packed, bool soft, int rows, const F& f) {
-  const auto of_rows = [&](auto mode, auto is_soft) {
-    switch (rows) {
-      case 1:
-        return f(mode, is_soft, std::integral_constant<int, 1>{});
-      case 4:
-        return f(mode, is_soft, std::integral_constant<int, 4>{});
-      default:
-        return f(mode, is_soft, std::integral_constant<int, 8>{});
-    }
-  };
-  if (packed) {
-    of_rows(std::integral_constant<MaskMode, MaskMode::kPacked>{}, std::false_type{});
-  } else if (!soft && mode_of(mask) == MaskMode::kPlain) {
-    of_rows(std::integral_constant<MaskMode, MaskMode::kPlain>{}, std::false_type{});
-  } else if constexpr (!std::is_same<T, float>::value) {
-    throw std::invalid_argument("dtype: these masks are compiled for float32");
-  } else if (soft) {
-    of_rows(std::integral_constant<MaskMode, MaskMode::kGeneral>{}, std::true_type{});
-  } else {
-    with_mode(mask, [&](auto mode) { of_rows(mode, std::false_type{}); });
+MaskedLinear layer(const Call& call) {
+  MaskedLinear l{};
+  call.with_dtype("dtype", [&](auto t) {
+    using T = decltype(t);
+    l.type = std::is_same<T, float>::value    ? ElementType::kFloat32
+             : std::is_same<T, __half>::value ? ElementType::kFloat16
+                                              : ElementType::kBFloat16;
+    l.weight = call.pointer<const T>("weight");
+    l.bias = call.pointer<const T>("bias");
+  });
+  l.mask = mask_params(call);
+  l.mask.among = 0;  // n of m is packed
+  l.hard = call.integer("hard", 1) != 0;
+  l.rows = call.integer("rows");
+  l.in = call.integer("in");
+  l.out = call.integer("out");
+  l.logits = call.pointer<const float>("logits");
+  l.packed = {
+      call.pointer<uint8_t>("bits"), call.integer("set_stride", (l.in * l.out + 7) / 8),
+      call.integer("sample_stride", 0)};
+  l.row_sets = call.pointer<const int64_t>("row_sets");
+  l.bias_mask = l.mask;
+  l.bias_mask.tensor_id = call.integer("bias_tensor_id", 0);
+  l.bias_mask.element_offset = 0;
+  l.bias_mask.cuts = call.pointer<const modmask::Cut>("bias_cuts");
+  l.bias_logits = call.pointer<const float>("bias_logits");
+  l.bias_bits = call.pointer<const uint8_t>("bias_bits");
+  return l;
+}
+
+// An operand or result with the dtype of the layer.
+void* typed(const Call& call, const std::string& name) {
+  void* found = nullptr;
+  call.with_dtype("dtype", [&](auto t) { found = call.pointer<decltype(t)>(name); });
+  return found;
+}
+
+template <MaskMode kMode, bool kSoft, int kRows>
+void product(const Call& call, const LinearParams& p) {
+  call.launch(p.plan.shape, [&] {
+    p.plan.backward ? masked_linear_dx<kMode, kSoft, kRows>(p)
+                    : masked_linear_forward<kMode, kSoft, kRows>(p);
+  });
+}
+
+template <MaskMode kMode>
+void hard_product(const Call& call, const LinearParams& p) {
+  switch (p.plan.job_rows) {
+    case 1:
+      return product<kMode, false, 1>(call, p);
+    case 4:
+      return product<kMode, false, 4>(call, p);
+    default:
+      return product<kMode, false, 8>(call, p);
   }
 }
 
-MaskParams bias_mask(const Call& call) {
-  MaskParams p = mask_params(call);
-  p.tensor_id = call.integer("bias_tensor_id", 0);
-  p.element_offset = 0;
-  p.among = 0;
-  p.cuts = call.pointer<const modmask::Cut>("bias_cuts");
-  return p;
-}
-
-// Runs a product from its plan to its end.
-template <typename T>
-void product(const Call& call, bool backward) {
-  LinearParams<T> p{};
-  p.mask = mask_params(call);
-  p.rows = call.integer("rows");
-  p.in = call.integer("in");
-  p.out = call.integer("out");
-  p.from = call.pointer<const T>(backward ? "dy" : "x");
-  p.weight = call.pointer<const T>("weight");
-  p.logits = call.pointer<const float>("logits");
-  p.bits = call.pointer<const uint8_t>("bits");
-  p.row_sets = call.pointer<const int64_t>("row_sets");
-  const bool soft = call.integer("hard", 1) == 0;
-  p.plan = plan_linear(p.in, p.out, p.rows, p.mask.samples, p.mask.sets, soft, backward);
-
-  FinishParams<T> finish{};
-  finish.splits = p.plan.splits;
-  finish.batch = p.mask.sets * p.mask.samples * p.rows;
-  finish.columns = backward ? p.in : p.out;
-  finish.to = call.pointer<T>(backward ? "dx" : "y");
-  finish.rows = p.rows;
-  finish.row_sets = p.row_sets;
-  if (!backward) {
-    finish.bias = call.pointer<const T>("bias");
-    finish.mask = bias_mask(call);
-    finish.bias_logits = call.pointer<const float>("bias_logits");
-    finish.bias_bits = call.pointer<const uint8_t>("bias_bits");
-  }
-  std::vector<float> partials(finish.splits * finish.batch * finish.columns, NAN);
+// A product from its plan to its end, by the kernels that the launchers choose.
+void whole_product(const Call& call, bool backward) {
+  const MaskedLinear l = layer(call);
+  LinearParams p = linear_params(l, backward, typed(call, backward ? "dy" : "x"), nullptr);
+  const FinishParams sized = finish_params(p, nullptr);
+  std::vector<float> partials(sized.splits * l.batch() * sized.columns, NAN);
   call.device.buffer("partials", partials.data(), partials.size() * 4, 4);
   p.partials = partials.data();
-  finish.partials = partials.data();
-  with_product<T>(
-      p.mask, p.bits != nullptr, soft, p.plan.job_rows, [&](auto mode, auto is_soft, auto rows) {
-        constexpr MaskMode kMode = decltype(mode)::value;
-        constexpr bool kSoft = decltype(is_soft)::value;
-        constexpr int kRows = decltype(rows)::value;
-        call.launch(p.plan.shape, [&] {
-          backward ? masked_linear_dx<T, kMode, kSoft, kRows>(p)
-                   : masked_linear_forward<T, kMode, kSoft, kRows>(p);
-        });
-      });
-  call.launch(finish_shape(finish), [&] {
-    soft ? finish_linear<T, false>(finish) : finish_linear<T, true>(finish);
+  if (l.packed.bits != nullptr) {
+    hard_product<MaskMode::kPacked>(call, p);
+  } else if (!l.hard) {
+    product<MaskMode::kGeneral, true, 8>(call, p);
+  } else if (mode_of(l.mask) == MaskMode::kPlain) {
+    hard_product<MaskMode::kPlain>(call, p);
+  } else {
+    throw std::invalid_argument("bits: these masks must be packed");
+  }
+  const FinishParams finish = finish_params(p, typed(call, backward ? "dx" : "y"));
+  call.launch(finish_shape(finish), [&] { finish_linear(finish); });
+}
+
+template <MaskMode kMode>
+void gradients(const Call& call, const LinearGradientParams& p) {
+  call.launch(linear_gradient_shape(p), [&] {
+    p.dweight == nullptr ? masked_linear_gradients<kMode, false>(p)
+                         : masked_linear_gradients<kMode, true>(p);
   });
 }
 
 }  // namespace
 
 KERNEL(masked_linear) {
-  call.with_dtype("dtype", [&](auto t) { product<decltype(t)>(call, false); });
+  whole_product(call, false);
 }
 
 KERNEL(masked_linear_dx) {
-  call.with_dtype("dtype", [&](auto t) { product<decltype(t)>(call, true); });
+  whole_product(call, true);
 }
 
-KERNEL(masked_linear_dlogits) {
-  call.with_dtype("dtype", [&](auto t) {
-    using T = decltype(t);
-    LogitGradientParams<T> p{
-        mask_params(call),
-        call.integer("rows"),
-        call.integer("in"),
-        call.integer("out"),
-        call.pointer<const T>("x"),
-        call.pointer<const T>("dy"),
-        call.pointer<const T>("weight"),
-        call.pointer<const float>("logits"),
-        call.pointer<float>("dlogits")};
-    const bool plain = mode_of(p.mask) == MaskMode::kPlain;
-    call.launch(logit_gradient_shape(p), [&] {
-      plain ? masked_linear_dlogits<T, MaskMode::kPlain>(p)
-            : masked_linear_dlogits<T, MaskMode::kGeneral>(p);
-    });
-  });
+KERNEL(masked_linear_gradients) {
+  const LinearGradientParams p{
+      layer(call), typed(call, "x"), typed(call, "dy"), call.pointer<float>("dlogits"),
+      typed(call, "dweight")};
+  mode_of(p.layer.mask) == MaskMode::kPlain ? gradients<MaskMode::kPlain>(call, p)
+                                            : gradients<MaskMode::kGeneral>(call, p);
 }
 
 KERNEL(bias_gradients) {
-  call.with_dtype("dtype", [&](auto t) {
-    using T = decltype(t);
-    const BiasGradientParams<T> p{
-        bias_mask(call),
-        call.integer("rows"),
-        call.integer("out"),
-        call.pointer<const T>("dy"),
-        call.pointer<const T>("bias"),
-        call.pointer<const float>("bias_logits"),
-        call.pointer<T>("dbias"),
-        call.pointer<float>("dbias_logits")};
-    const bool hard = call.integer("hard", 1) != 0;
-    call.launch(bias_gradient_shape(p), [&] {
-      hard ? bias_gradients<T, true>(p) : bias_gradients<T, false>(p);
-    });
-  });
+  const BiasGradientParams p{
+      layer(call), call.pointer<const float>("sums"), typed(call, "dbias"),
+      call.pointer<float>("dbias_logits")};
+  call.launch(bias_gradient_shape(p), [&] { bias_gradients(p); });
 }

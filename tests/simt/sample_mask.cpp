@@ -8,11 +8,15 @@ using namespace modmask::cuda;
 namespace {
 
 SampleParams sample_params(const Call& call) {
+  const MaskParams mask = mask_params(call);
+  const int64_t count = call.integer("count"), bytes = (count + 7) / 8;
   return {
-      mask_params(call),
+      mask,
       call.pointer<const float>("logits"),
-      call.integer("count"),
-      call.pointer<uint8_t>("bits"),
+      count,
+      // [samples, sets, bytes], unless told otherwise
+      {call.pointer<uint8_t>("bits"), call.integer("set_stride", bytes),
+       call.integer("sample_stride", mask.sets * bytes)},
       call.pointer<float>("values"),
       call.pointer<const float>("dvalues"),
       call.pointer<float>("dlogits")};

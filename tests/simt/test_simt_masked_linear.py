@@ -32,6 +32,7 @@ class Case:
     bias: bool = True
     packed: bool = False
     tau: float = 1.0
+    logits_only: bool = False
     options: dict = field(default_factory=dict)
 
     def draw(self):
@@ -93,21 +94,31 @@ class Case:
             arguments["bias_cuts"] = top_k_cuts(t["bias_logits"], draw["estimator"])
         results = {"y": torch.full_like(dy, 9.0), "dx": torch.full_like(t["x"], 9.0)}
         results["dlogits"] = torch.full_like(t["logits"], 9.0)
+        results["dweight"] = torch.full_like(t["weight"], 9.0)
         if self.bias:
             results["dbias"] = torch.full_like(t["bias"], 9.0)
             results["dbias_logits"] = torch.full_like(t["bias_logits"], 9.0)
         arguments |= {name: bytes_of(value) for name, value in results.items()}
         self.device = simt.Device(order)
-        if self.packed:
+        chosen = estimators.resolve(draw.get("estimator", "gumbel_sigmoid"))
+        plain = arguments["seeds"] is not None and chosen.name == "gumbel_sigmoid"
+        # as the launchers: hard masks are drawn in the product where that is simple
+        if self.packed or arguments["among"] or (self.hard and not plain):
             count = self.outputs * self.inputs
-            bits = np.zeros((arguments["samples"], self.sets, -(-count // 8)), np.uint8)
+            bytes_ = -(-count // 8)
+            bits = np.zeros((arguments["samples"], self.sets, bytes_), np.uint8)
             self.device.run("sample_bits", **arguments, bits=bits, count=count)
-            arguments["bits"] = bits
+            arguments |= {"bits": bits, "set_stride": bytes_, "sample_stride": self.sets * bytes_}
         self.device.run("masked_linear", **arguments)
         self.device.run("masked_linear_dx", **arguments)
-        self.device.run("masked_linear_dlogits", **arguments)
+        self.device.run("masked_linear_gradients", **arguments | {"dweight": None})
+        if not self.logits_only:
+            self.device.run("masked_linear_gradients", **arguments)
         if self.bias:
-            self.device.run("bias_gradients", **arguments)
+            sums = dy.view(-1, self.rows, self.outputs).sum(1, dtype=torch.float32)
+            self.device.run("bias_gradients", **arguments, sums=bytes_of(sums))
+        if self.logits_only:
+            del results["dweight"]
         return results
 
     def check(self, simt):
@@ -191,7 +202,7 @@ def test_many_splits_in_any_order(simt, packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_training_step_moves_seven_words_per_weight(simt, packed, samples):
     """At most, whatever the samples, as different sectors of 32 bytes; none is read again."""
-    case = Case(rows=4, outputs=64, inputs=256, sets=1, samples=samples, bias=False, packed=packed)
+    case = Case(4, 256, 64, 1, samples, bias=False, packed=packed, logits_only=True)
     case.run(simt, *case.tensors())
     traffic = case.device.traffic()
     weights = 64 * 256

@@ -43,7 +43,7 @@ def unserved(
     *draw: Any,
 ) -> str | None:
     """Why the Triton kernels do not serve these arguments of the operation, or None."""
-    reason = linear.unserved(x, weight, logits, bias, bias_logits, seed, *draw)
+    reason = linear.unserved_by_triton(x.dtype, weight, logits, draw)
     if reason is not None:
         return reason
     if max(weight[:1].numel(), weight[:, :1].numel()) > MOST_COLUMNS:
@@ -146,7 +146,7 @@ def explain(
 ) -> tuple[str, str]:
     """The backend of a layer with this weight, `triton` or `reference`, and why."""
     drawn = (*estimators.arguments(estimator, False), n_of_m)
-    reason = linear.unserved(weight, weight, logits, None, None, None, *drawn)
+    reason = linear.unserved_by_triton(weight.dtype, weight, logits, drawn)
     if reason is not None:
         return "reference", reason
     seed = logits.new_empty(0) if estimator.draws else None  # it is not read

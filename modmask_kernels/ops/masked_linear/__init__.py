@@ -30,7 +30,7 @@ def _shape(x: Tensor, weight: Tensor, *_: Any) -> tuple[int, ...]:
 
 
 product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
-product.on_gpu(gpu.unserved, gpu.forward, gpu.backward)
+gpu.serve(product)
 
 
 def _check_arguments(

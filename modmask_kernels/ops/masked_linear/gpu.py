@@ -1,24 +1,86 @@
-"""`masked_linear` on CUDA tensors: what the Triton kernels serve, and where their masks come from.
+"""`masked_linear` on CUDA tensors: which kernels compute it, and where their masks come from.
 
-Triton is imported at the first call.
+Those of Triton are for many rows of a group, those in CUDA C++ for few, mostly of float32, for
+which there are no matrix units. Triton is imported at the first call.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _gpu, estimators
+from .._gpu_masks import Masks, contiguous_sets, mask_words
+from .._masked_product import MaskedProduct
 from ..estimators import Estimator
-
-if TYPE_CHECKING:
-    from .._triton import Masks
+from ..sample_mask import sample_mask
+from . import cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # offsets inside a tile have 32 bits
 MOST_COLUMNS = 2**23
+# blocks along a dimension of a launch
+MOST_BLOCKS = 2**16 - 1
+# estimators without soft masks
+_DECIDED = ("threshold", "top_k")
+
+
+def _special(weight: Tensor, logits: Tensor, draw: tuple[Any, ...]) -> str | None:
+    """What of these masks only the CUDA library draws, as bits, or None."""
+    *_, code, _, _, _, _, n_of_m = draw
+    if n_of_m:
+        return "n_of_m"
+    if estimators.NAMES[code] == "top_k":
+        return "the estimator top_k"
+    if logits.shape[-weight.dim() :] != weight.shape:
+        return "logits smaller than the weight"
+    return None
+
+
+def unserved_by_triton(
+    dtype: torch.dtype, weight: Tensor, logits: Tensor, draw: tuple[Any, ...]
+) -> str | None:
+    """Why Triton's kernels alone do not serve, or None; `draw`: from `tensor_id` on."""
+    if _gpu.absent() is not None:
+        return _gpu.absent()
+    if dtype not in DTYPES:
+        return f"no fused kernel for {dtype}"
+    special = _special(weight, logits, draw)
+    if special is not None:
+        return f"no GPU kernel for {special}"
+    if max(weight.shape) > MOST_COLUMNS:
+        return f"no GPU kernel for a weight with more than {MOST_COLUMNS} rows or columns"
+    return None
+
+
+def refusals(
+    dtype: torch.dtype, weight: Tensor, logits: Tensor, draw: tuple[Any, ...]
+) -> dict[str, str | None]:
+    """Why the kernels of each kind do not serve, or None; what depends on the device is not asked.
+
+    Triton multiplies with masks of any kind that the CUDA library packed. `draw`: the arguments of
+    the schema from `tensor_id` on.
+    """
+    hard, code = draw[-7], draw[-6]
+    no_cuda: str | None = None
+    no_triton = unserved_by_triton(dtype, weight, logits, draw)
+    if dtype not in DTYPES:
+        no_cuda = f"no fused kernel for {dtype}"
+    elif not _native.cuda_loaded():
+        no_cuda = "the CUDA kernels are absent or ruled out"
+    elif logits.shape[-weight.dim() :] != weight.shape and not (
+        hard or estimators.NAMES[code] in _DECIDED
+    ):
+        no_cuda = no_triton = "no GPU kernel for soft masks of logits smaller than the weight"
+    elif _special(weight, logits, draw) and max(weight.shape) <= MOST_COLUMNS:
+        no_triton = _gpu.absent()
+    return {"cuda": no_cuda, "triton": no_triton}
 
 
 def unserved(
@@ -30,21 +92,11 @@ def unserved(
     seed: Tensor | None,
     *draw: Any,
 ) -> str | None:
-    """Why the Triton kernels do not serve these arguments of the operation, or None."""
-    *_, code, _, _, _, _, n_of_m = draw
-    if _gpu.absent() is not None:
-        return _gpu.absent()
-    if x.dtype not in DTYPES:
-        return f"no fused kernel for {x.dtype}"
-    if n_of_m:
-        return "no GPU kernel for n_of_m"
-    if estimators.NAMES[code] == "top_k":
-        return "no GPU kernel for the estimator top_k"
-    if logits.shape[-weight.dim() :] != weight.shape:
-        return "no GPU kernel for logits smaller than the weight"
-    if max(weight.shape) > MOST_COLUMNS:
-        return f"no GPU kernel for a weight with more than {MOST_COLUMNS} rows or columns"
-    return None
+    """Why no kernel serves these arguments of the operation, or None."""
+    found = refusals(x.dtype, weight, logits, draw)
+    if None in found.values():
+        return None
+    return found["triton"] if _native.FORCED_BACKEND != "cuda" else found["cuda"]
 
 
 def masks_of(
@@ -55,22 +107,28 @@ def masks_of(
     draw: tuple[Any, ...],
 ) -> Masks:
     """The masks in the words of the kernels; `draw` from `tensor_id` on."""
-    from .. import _triton
-
-    return _triton.Masks(
-        _triton.contiguous_sets(logits, dims),
-        None if bias_logits is None else _triton.contiguous_sets(bias_logits, 1),
+    masks = Masks(
+        contiguous_sets(logits, dims),
+        None if bias_logits is None else contiguous_sets(bias_logits, 1),
         seed,
         *draw[:-1],
     )
+    decided = estimators.NAMES[masks.code] in _DECIDED
+    return masks._replace(hard=True) if decided else masks
 
 
-def sizes(x: Tensor, weight: Tensor, masks: Masks, rows: int | None = None) -> _gpu.Product:
+def sizes(
+    x: Tensor, weight: Tensor, masks: Masks, rows: int | None = None, tile: int | None = None
+) -> _gpu.Product:
     """What the chooser looks at; `rows` of a group, those of x unless given."""
-    from . import triton
-
     if rows is None:
-        rows = x.shape[0] // (masks.sets * masks.per_set)
+        rows = math.prod(x.shape[:-1]) // (masks.sets * masks.per_set)
+    if tile is None:
+        tile = 128
+        if _gpu.absent() is None:
+            from . import triton
+
+            tile = triton.product_config(x.dtype, rows, regenerate=True).m
     return _gpu.Product(
         masks.sets,
         masks.per_set,
@@ -78,7 +136,7 @@ def sizes(x: Tensor, weight: Tensor, masks: Masks, rows: int | None = None) -> _
         weight.shape[0],
         weight.shape[1],
         x.element_size(),
-        triton.product_config(x.dtype, rows, regenerate=True).m,
+        tile,
         tf32(x),
         masks.hard,
         masks.quads(weight.shape[1]),
@@ -90,13 +148,61 @@ def tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _words(x: Tensor, weight: Tensor, masks: Masks) -> Tensor | None:
-    """Packed masks, where they are better than masks drawn in the product."""
-    from ..sample_mask import triton
+def _sources(masks: Masks, special: bool, kind: str) -> tuple[str, ...]:
+    """Where the kernels of a kind can take these masks from."""
+    if not masks.hard:
+        return ("regenerate",)
+    # in CUDA C++ a product draws Gumbel noise only
+    plain = masks.noise and estimators.NAMES[masks.code] == "gumbel_sigmoid"
+    return ("bits",) if special or (kind == "cuda" and not plain) else _gpu.SOURCES
 
+
+def choose(
+    p: _gpu.Product,
+    device: _gpu.Device,
+    masks: Masks,
+    special: bool,
+    kinds: tuple[str, ...],
+    forced: str | None = _gpu.FORCED_SOURCE,
+) -> _gpu.Way | None:
+    """The kernels and the source of masks for a product; None where no kind serves."""
+    jobs = p.sets * (p.per_set * math.ceil(p.rows / 8) + 7)
+    ways = [
+        _gpu.choose_way(p, device, (kind,), _sources(masks, special, kind), forced)
+        for kind in kinds
+        if kind != "cuda" or jobs <= 8 * MOST_BLOCKS
+    ]
+    if not ways:
+        return None
+    seconds = {key: t for way in ways for key, t in way.seconds.items()}
+    best = min(ways, key=lambda way: seconds[way.kind, way.source])
+    if len(ways) == 1:
+        return best
+    times = ", ".join(f"{k} {s} {1e6 * t:.0f} us" for (k, s), t in seconds.items())
+    return best._replace(reason=f"predicted for {device.name}: {times}", seconds=seconds)
+
+
+def _here(
+    x: Tensor, weight: Tensor, logits: Tensor, masks: Masks, draw: tuple[Any, ...]
+) -> _gpu.Way | None:
+    """What computes a product of these tensors on their device; None: the reference."""
+    found = refusals(x.dtype, weight, logits, draw)
+    special = _special(weight, logits, draw) is not None
+    if found["cuda"] is None and _native.cuda_unserved(x.device) is not None:
+        found["cuda"] = "not on this device"
+        found["triton"] = "not on this device" if special else found["triton"]
+    kinds = tuple(kind for kind in _gpu.KINDS if found[kind] is None)
     device = _gpu.device_of(x.device.index or 0) if x.is_cuda else _gpu.DEVICES[0]
-    choice = _gpu.choose(sizes(x, weight, masks), device)
-    return triton.pack(masks) if choice.source == "bits" else None
+    return choose(sizes(x, weight, masks), device, masks, special, kinds)
+
+
+def _kernels(kind: str) -> ModuleType:
+    """`product`, `gradients` and `masked_bias_gradients` of a kind."""
+    if kind == "cuda":
+        return cuda
+    from . import triton
+
+    return triton
 
 
 def explain(
@@ -107,98 +213,226 @@ def explain(
     n_of_m: tuple[int, int] | None = None,
     device: _gpu.Device | None = None,
 ) -> tuple[str, str]:
-    """The backend of a layer with this weight, `triton` or `reference`, and why."""
-    drawn = (*estimators.arguments(estimator, False), n_of_m)
-    reason = unserved(weight, weight, logits, None, None, None, *drawn)
-    if reason is not None:
-        return "reference", reason
+    """The backend of a layer with this weight, `cuda`, `triton` or `reference`, and why."""
+    draw = (0, 1, 0, 0, samples, 1.0, True, *estimators.arguments(estimator, False), n_of_m)
+    found = refusals(weight.dtype, weight, logits, draw)
+    kinds = tuple(kind for kind in _gpu.KINDS if found[kind] is None)
+    if not kinds:
+        return "reference", str(unserved(weight, weight, logits, None, None, None, *draw))
     seed = logits.new_empty(0) if estimator.draws else None  # it is not read
-    draw = (0, 1, 0, 0, samples, 1.0, True, *drawn)
     masks = masks_of(logits, None, seed, weight.dim(), draw)
-    if _gpu.FORCED_SOURCE is not None:
-        return "triton", f"MODMASK_GPU_MASKS={_gpu.FORCED_SOURCE}"
+    special = _special(weight, logits, draw) is not None
     device = device or _gpu.device_of(weight.device.index or 0)
-    rows = _gpu.crossover(lambda rows: sizes(weight, weight, masks, rows), device)
-    if not rows:
-        return "triton", f"masks packed, then multiplied, by the model of {device.name}"
-    return "triton", (
-        f"masks packed, then multiplied, but drawn in the product up to {rows} rows of a group, "
-        f"by the model of {device.name}"
-    )
+
+    def way(rows: int) -> _gpu.Way:
+        chosen = choose(sizes(weight, weight, masks, rows), device, masks, special, kinds)
+        assert chosen is not None
+        return chosen
+
+    # by the rows of a group, one and the powers of two: where the way changes
+    parts: list[tuple[_gpu.Way, int]] = []
+    for rows in (2**i for i in range(15)):
+        chosen = way(rows)
+        if parts and parts[-1][0][:2] == chosen[:2]:
+            parts[-1] = (chosen, rows)
+        else:
+            parts.append((chosen, rows))
+    words = {"bits": "masks packed, then multiplied", "regenerate": "masks drawn in the product"}
+    told = [
+        f"{chosen.kind}, {words[chosen.source]}"
+        + (f", up to {most} rows of a group" if i + 1 < len(parts) else "")
+        for i, (chosen, most) in enumerate(parts)
+    ]
+    forced = _gpu.FORCED_SOURCE
+    why = f"MODMASK_GPU_MASKS={forced}" if forced else f"by the model of {device.name}"
+    absent = [f"{kind}: {found[kind]}" for kind in _gpu.KINDS if found[kind] is not None]
+    return parts[-1][0].kind, "; ".join([*told, why, *absent])
 
 
-def forward(
-    x: Tensor,
+def _decided_bias(masks: Masks) -> Masks:
+    """Masks of a bias by top_k as those of a threshold, which Triton knows: logits 1 and -1."""
+    if estimators.NAMES[masks.code] != "top_k":
+        return masks
+    logits = masks.bias_logits
+    if logits is not None:
+        rule = estimators.of_arguments(masks.code, masks.low, masks.high, masks.clamp)
+        kept = [sample_mask(row, seed=None, estimator=rule) for row in logits]
+        logits = 2.0 * torch.cat(kept) - 1.0
+    code = estimators.NAMES.index("threshold")
+    return masks._replace(bias_logits=logits, code=code, low=0.0, high=0.0)
+
+
+def _product(
+    way: _gpu.Way,
+    a: Tensor,
     weight: Tensor,
-    logits: Tensor,
+    masks: Masks,
     bias: Tensor | None,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    *draw: Any,
+    n_of_m: list[int],
+    special: bool,
+    backward: bool,
 ) -> Tensor:
-    """The operation `modmask::masked_linear`."""
-    reason = unserved(x, weight, logits, bias, bias_logits, seed, *draw)
-    if reason is not None:
-        raise RuntimeError(f"masked_linear: {reason}")
-    from . import triton
+    """x (W*M)^T + bias, or dy (W*M), as chosen."""
+    words = None
+    if way.source == "bits" and (way.kind == "cuda" or special):
+        words = mask_words(masks, weight.shape, n_of_m)
+        masks = masks._replace(element_offset=0)  # where such words begin
+    elif way.source == "bits":
+        from ..sample_mask import triton
 
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        weight = weight.contiguous()
-        rows = x.flatten(0, -2).contiguous()
-        masks = masks_of(logits, bias_logits, seed, 2, draw)
-        words = _words(rows, weight, masks)
-        y = triton.product(rows, weight, masks, bias, words, tf32=tf32(x))
-    return y.view(*x.shape[:-1], weight.shape[0])
+        words = triton.pack(masks)
+    if way.kind == "triton":
+        masks = _decided_bias(masks)
+    y: Tensor = _kernels(way.kind).product(
+        a, weight, masks, bias, words, backward=backward, tf32=tf32(a)
+    )
+    return y
 
 
-def backward(
+def _block_gradients(way: _gpu.Way, dy: Tensor, x: Tensor, weight: Tensor, masks: Masks) -> Tensor:
+    """The gradient of logits that are fewer than the weights, group by group.
+
+    Without a tensor of more than one weight: the gradient of a mask, times the weight, is summed by
+    blocks before the next group begins.
+    """
+    small = masks.logits.shape[1:]
+    blocks = [part for n, size in zip(small, weight.shape, strict=True) for part in (n, size // n)]
+    groups = masks.sets * masks.per_set
+    rows = x.shape[0] // groups
+    # the slope of a threshold is 1, and its logits are not looked at
+    plain = masks._replace(
+        logits=weight.new_empty((1, *weight.shape), dtype=torch.float32),
+        bias_logits=None,
+        seed=None,
+        element_offset=0,
+        code=estimators.NAMES.index("threshold"),
+    )
+    seeds = masks.seed
+    if seeds is not None:
+        seeds = seeds.expand(masks.sets) if seeds.dim() == 0 else seeds
+        seeds = seeds.reshape(masks.sets, -1)
+    dlogits = masks.logits.new_zeros(masks.logits.shape)
+    for g in range(groups):
+        part = slice(g * rows, (g + 1) * rows)
+        _, d = _kernels(way.kind).gradients(dy[part], x[part], weight, plain, tf32=tf32(x))
+        assert d is not None
+        set_, j = divmod(g, masks.per_set)
+        draw, sample = divmod(j, masks.samples)
+        of_mask = d.view(blocks).sum((1, 3))
+        of_set: Tensor = torch.ops.modmask.sample_mask_backward(
+            of_mask.unsqueeze(0),
+            masks.logits[set_],
+            None if seeds is None else seeds[set_, draw],
+            *(1, masks.tau, masks.tensor_id, masks.sample_offset + sample, masks.element_offset),
+            *(masks.code, masks.low, masks.high, masks.clamp, masks.antithetic, []),
+        )
+        dlogits[set_] += of_set
+    return dlogits
+
+
+def _gradients(
+    way: _gpu.Way,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    """The operation `modmask::masked_linear_backward`."""
-    draw, needs = rest[:-5], rest[-5:]
-    reason = unserved(x, weight, logits, bias, bias_logits, seed, *draw)
-    if reason is not None:
-        raise RuntimeError(f"masked_linear_backward: {reason}")
-    from . import triton
+    masks: Masks,
+    n_of_m: list[int],
+    special: bool,
+    need_weight: bool,
+    need_logits: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dlogits) by the kernels of the product; see `_product`."""
+    dweight = dlogits = None
+    coarse = masks.logits.shape[1:] != weight.shape
+    if need_logits and coarse:
+        dlogits = _block_gradients(way, dy, x, weight, masks)
+        need_logits = False
+    if need_weight and (special or way.kind == "cuda"):
+        words = mask_words(masks, weight.shape, n_of_m) if special else None
+        whole = masks
+        if coarse:
+            empty = weight.new_empty((masks.sets, *weight.shape), dtype=torch.float32)
+            whole = masks._replace(logits=empty, element_offset=0)
+        dweight, _ = cuda.gradients(
+            dy, x, weight, whole, need_weight=True, need_logits=False, words=words
+        )
+        need_weight = False
+    if need_weight or need_logits:
+        # of masks by top_k only the slope is asked for, that of a threshold
+        decided = _decided_bias(masks._replace(bias_logits=None))
+        found = _kernels(way.kind).gradients(
+            dy,
+            x,
+            weight,
+            decided,
+            need_weight=need_weight,
+            need_logits=need_logits,
+            tf32=tf32(x),
+        )
+        dweight = found[0] if need_weight else dweight
+        dlogits = found[1] if need_logits else dlogits
+    return dweight, dlogits
 
-    need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
-    dx = dweight = dlogits = dbias = dbias_logits = None
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        weight = weight.contiguous()
+
+def serve(product: MaskedProduct) -> None:
+    """Serve `modmask::masked_linear` on CUDA tensors by kernels, or by the reference."""
+
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        bias_logits: Tensor | None,
+        seed: Tensor | None,
+        *draw: Any,
+    ) -> Tensor:
         masks = masks_of(logits, bias_logits, seed, 2, draw)
-        rows = x.flatten(0, -2).contiguous()
-        of_rows = dy.flatten(0, -2).contiguous()
-        if need_x:
-            words = _words(of_rows, weight, masks)
-            dx = triton.product(of_rows, weight, masks, None, words, backward=True, tf32=tf32(x))
-        if need_weight or need_logits:
-            dweight, dlogits = triton.gradients(
-                of_rows,
-                rows,
-                weight,
-                masks,
-                need_weight=need_weight,
-                need_logits=need_logits,
-                tf32=tf32(x),
+        way = _here(x, weight, logits, masks, draw)
+        if way is None:
+            return product.reference(x, weight, logits, bias, bias_logits, seed, *draw)
+        special = _special(weight, logits, draw) is not None
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            rows = x.flatten(0, -2).contiguous()
+            y = _product(
+                way, rows, weight.contiguous(), masks, bias, list(draw[-1]), special, False
             )
-        if need_bias or need_bias_logits:
-            assert bias is not None
-            dbias, dbias_logits = bias_gradients(
-                group_sums(of_rows, masks),
-                bias,
-                masks,
-                need_bias,
-                need_bias_logits,
-            )
-    found = (dx, dweight, dlogits, dbias, dbias_logits)
-    return gradients_of(found, (x, weight, logits, bias, bias_logits))
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        x, weight, logits, bias, bias_logits, seed = arguments[:6]
+        draw, needs = arguments[6:-5], arguments[-5:]
+        masks = masks_of(logits, bias_logits, seed, 2, draw)
+        way = _here(x, weight, logits, masks, draw)
+        if way is None:
+            return product.backward_reference(dy, *arguments)
+        special, n_of_m = _special(weight, logits, draw) is not None, list(draw[-1])
+        need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
+        dx = dweight = dlogits = dbias = dbias_logits = None
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            weight = weight.contiguous()
+            rows, of_rows = (t.flatten(0, -2).contiguous() for t in (x, dy))
+            if need_x:
+                dx = _product(way, of_rows, weight, masks, None, n_of_m, special, True)
+            if need_weight or need_logits:
+                dweight, dlogits = _gradients(
+                    *(way, of_rows, rows, weight, masks, n_of_m, special),
+                    need_weight,
+                    need_logits,
+                )
+            if need_bias or need_bias_logits:
+                assert bias is not None
+                dbias, dbias_logits = bias_gradients(
+                    group_sums(of_rows, masks),
+                    bias,
+                    masks,
+                    need_bias,
+                    need_bias_logits,
+                    _kernels(way.kind).masked_bias_gradients,
+                )
+        found = (dx, dweight, dlogits, dbias, dbias_logits)
+        return gradients_of(found, (x, weight, logits, bias, bias_logits))
+
+    product.on_gpu(unserved, forward, backward)
 
 
 def gradients_of(
@@ -224,13 +458,21 @@ def group_sums(dy: Tensor, masks: Masks) -> Tensor:
 
 
 def bias_gradients(
-    sums: Tensor, bias: Tensor, masks: Masks, need_bias: bool, need_logits: bool
+    sums: Tensor,
+    bias: Tensor,
+    masks: Masks,
+    need_bias: bool,
+    need_logits: bool,
+    kernel: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dbias, dbias_logits) of a bias, masked or not, from dy summed over the rows of a group."""
-    from . import triton
+    """(dbias, dbias_logits) of a bias, masked or not, from dy summed over the rows of a group.
 
+    `kernel`: for a masked bias; Triton's unless given.
+    """
     if masks.bias_logits is None:
         return sums.sum(0).to(bias.dtype) if need_bias else None, None
-    return triton.masked_bias_gradients(
-        sums, bias, masks, need_bias=need_bias, need_logits=need_logits
-    )
+    if kernel is None:
+        kernel = _kernels("triton").masked_bias_gradients
+    if kernel is not cuda.masked_bias_gradients:
+        masks = _decided_bias(masks)
+    return kernel(sums, bias, masks, need_bias=need_bias, need_logits=need_logits)

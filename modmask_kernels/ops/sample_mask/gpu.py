@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _library, estimators
+from .. import _library
 
 
-def unserved(logits: Tensor, code: int) -> str | None:
-    """Why the CUDA kernels do not serve these arguments, or None; `code` is the estimator's."""
+def unserved(logits: Tensor) -> str | None:
+    """Why the CUDA kernels do not serve logits like these, or None."""
     if logits.dtype != torch.float32:
         return f"no CUDA kernel for logits of {logits.dtype}"
-    if estimators.NAMES[code] == "top_k":
-        return "no CUDA kernel for the estimator top_k"
     return _native.cuda_unserved(logits.device)
 
 
@@ -29,7 +27,7 @@ def serve(schema: str, reference: Callable[..., Tensor]) -> None:
     at = 1 if name.endswith("_backward") else 0
 
     def choose(*given: Any) -> Tensor:
-        result: Tensor = (reference if unserved(given[at], given[-6]) else kernel)(*given)
+        result: Tensor = (reference if unserved(given[at]) else kernel)(*given)
         return result
 
     _library.implement(name, "CUDA", choose)
