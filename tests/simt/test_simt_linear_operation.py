@@ -12,7 +12,7 @@ from ops.tolerance import check_close
 
 from modmask_kernels import _native, ops
 from modmask_kernels.ops import _gpu, _gpu_masks, estimators
-from modmask_kernels.ops.masked_linear import gpu, product, reference
+from modmask_kernels.ops.masked_linear import gpu, reference
 
 SETS, SAMPLES = 2, 2
 
@@ -153,16 +153,13 @@ def operation(simt, monkeypatch):
 
     monkeypatch.setattr(_gpu, "absent", lambda: "MODMASK_BACKEND=cuda")
     monkeypatch.setattr(_native, "cuda_loaded", lambda: True)
-    monkeypatch.setattr(_native, "cuda_unserved", lambda device: None)
-    served = []
-    monkeypatch.setattr(product, "on_gpu", lambda *functions: served.extend(functions))
-    gpu.serve(product)
+    monkeypatch.setattr(gpu, "runs_on", lambda device: True)
     with torch.library._scoped_library("modmask", "IMPL") as library:
         library.impl("mask_words_cuda", mask_words, "CPU")
         library.impl("masked_product_cuda", masked_product, "CPU")
         library.impl("masked_gradients_cuda", gradients, "CPU")
         library.impl("masked_bias_gradients_cuda", bias_gradients, "CPU")
-        yield served
+        yield gpu.unserved, gpu.forward, gpu.backward
 
 
 RULES = [

@@ -30,7 +30,7 @@ def _shape(x: Tensor, weight: Tensor, *_: Any) -> tuple[int, ...]:
 
 
 product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
-gpu.serve(product)
+product.on_gpu(gpu.unserved, gpu.forward, gpu.backward)
 
 
 def _check_arguments(

@@ -17,7 +17,6 @@ from torch import Tensor
 from ... import _native
 from .. import _gpu, estimators
 from .._gpu_masks import Masks, contiguous_sets, mask_words
-from .._masked_product import MaskedProduct
 from ..estimators import Estimator
 from ..sample_mask import sample_mask
 from . import cuda
@@ -182,13 +181,18 @@ def choose(
     return best._replace(reason=f"predicted for {device.name}: {times}", seconds=seconds)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the CUDA library has code for a device."""
+    return device.type == "cuda" and _native.cuda_unserved(device) is None
+
+
 def _here(
     x: Tensor, weight: Tensor, logits: Tensor, masks: Masks, draw: tuple[Any, ...]
 ) -> _gpu.Way | None:
     """What computes a product of these tensors on their device; None: the reference."""
     found = refusals(x.dtype, weight, logits, draw)
     special = _special(weight, logits, draw) is not None
-    if found["cuda"] is None and _native.cuda_unserved(x.device) is not None:
+    if found["cuda"] is None and not runs_on(x.device):
         found["cuda"] = "not on this device"
         found["triton"] = "not on this device" if special else found["triton"]
     kinds = tuple(kind for kind in _gpu.KINDS if found[kind] is None)
@@ -374,65 +378,65 @@ def _gradients(
     return dweight, dlogits
 
 
-def serve(product: MaskedProduct) -> None:
-    """Serve `modmask::masked_linear` on CUDA tensors by kernels, or by the reference."""
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    *draw: Any,
+) -> Tensor:
+    """The operation `modmask::masked_linear`."""
+    from . import product
 
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        logits: Tensor,
-        bias: Tensor | None,
-        bias_logits: Tensor | None,
-        seed: Tensor | None,
-        *draw: Any,
-    ) -> Tensor:
-        masks = masks_of(logits, bias_logits, seed, 2, draw)
-        way = _here(x, weight, logits, masks, draw)
-        if way is None:
-            return product.reference(x, weight, logits, bias, bias_logits, seed, *draw)
-        special = _special(weight, logits, draw) is not None
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            rows = x.flatten(0, -2).contiguous()
-            y = _product(
-                way, rows, weight.contiguous(), masks, bias, list(draw[-1]), special, False
+    masks = masks_of(logits, bias_logits, seed, 2, draw)
+    way = _here(x, weight, logits, masks, draw)
+    if way is None:
+        return product.reference(x, weight, logits, bias, bias_logits, seed, *draw)
+    special = _special(weight, logits, draw) is not None
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        rows = x.flatten(0, -2).contiguous()
+        y = _product(way, rows, weight.contiguous(), masks, bias, list(draw[-1]), special, False)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operation `modmask::masked_linear_backward`."""
+    x, weight, logits, bias, bias_logits, seed = arguments[:6]
+    draw, needs = arguments[6:-5], arguments[-5:]
+    from . import product
+
+    masks = masks_of(logits, bias_logits, seed, 2, draw)
+    way = _here(x, weight, logits, masks, draw)
+    if way is None:
+        return product.backward_reference(dy, *arguments)
+    special, n_of_m = _special(weight, logits, draw) is not None, list(draw[-1])
+    need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
+    dx = dweight = dlogits = dbias = dbias_logits = None
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        weight = weight.contiguous()
+        rows, of_rows = (t.flatten(0, -2).contiguous() for t in (x, dy))
+        if need_x:
+            dx = _product(way, of_rows, weight, masks, None, n_of_m, special, True)
+        if need_weight or need_logits:
+            dweight, dlogits = _gradients(
+                *(way, of_rows, rows, weight, masks, n_of_m, special),
+                need_weight,
+                need_logits,
             )
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        x, weight, logits, bias, bias_logits, seed = arguments[:6]
-        draw, needs = arguments[6:-5], arguments[-5:]
-        masks = masks_of(logits, bias_logits, seed, 2, draw)
-        way = _here(x, weight, logits, masks, draw)
-        if way is None:
-            return product.backward_reference(dy, *arguments)
-        special, n_of_m = _special(weight, logits, draw) is not None, list(draw[-1])
-        need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
-        dx = dweight = dlogits = dbias = dbias_logits = None
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            weight = weight.contiguous()
-            rows, of_rows = (t.flatten(0, -2).contiguous() for t in (x, dy))
-            if need_x:
-                dx = _product(way, of_rows, weight, masks, None, n_of_m, special, True)
-            if need_weight or need_logits:
-                dweight, dlogits = _gradients(
-                    *(way, of_rows, rows, weight, masks, n_of_m, special),
-                    need_weight,
-                    need_logits,
-                )
-            if need_bias or need_bias_logits:
-                assert bias is not None
-                dbias, dbias_logits = bias_gradients(
-                    group_sums(of_rows, masks),
-                    bias,
-                    masks,
-                    need_bias,
-                    need_bias_logits,
-                    _kernels(way.kind).masked_bias_gradients,
-                )
-        found = (dx, dweight, dlogits, dbias, dbias_logits)
-        return gradients_of(found, (x, weight, logits, bias, bias_logits))
-
-    product.on_gpu(unserved, forward, backward)
+        if need_bias or need_bias_logits:
+            assert bias is not None
+            dbias, dbias_logits = bias_gradients(
+                group_sums(of_rows, masks),
+                bias,
+                masks,
+                need_bias,
+                need_bias_logits,
+                _kernels(way.kind).masked_bias_gradients,
+            )
+    found = (dx, dweight, dlogits, dbias, dbias_logits)
+    return gradients_of(found, (x, weight, logits, bias, bias_logits))
 
 
 def gradients_of(
