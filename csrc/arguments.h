@@ -1,7 +1,6 @@
 // Shared by the bindings of all devices: checks of arguments and the tensors of results.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,8 +8,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "boxing.h"
 #include "common/estimator.h"
 
 namespace modmask {
@@ -68,6 +69,8 @@ inline bool are_shared(const Tensor& logits, int64_t dims) {
 
 // How masks follow from logits and noise, as the schemas say it.
 struct EstimatorArguments {
+  using Members = std::tuple<int64_t, double, double, double, bool>;
+
   int64_t code;
   double low;
   double high;
@@ -75,19 +78,71 @@ struct EstimatorArguments {
   bool antithetic;
 };
 
+// The masks of an operation, as the schemas say them. `bias_tensor_id` is of no use where one
+// parameter is masked.
+struct Draw {
+  using Members =
+      std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double, bool, EstimatorArguments>;
+
+  int64_t tensor_id;
+  int64_t bias_tensor_id;
+  int64_t sample_offset;
+  int64_t element_offset;
+  int64_t samples;
+  double tau;
+  bool hard;
+  EstimatorArguments estimator;
+};
+
+// The same of one parameter, behind the samples, temperature and hardness, where it has these.
+struct SampledDraw {
+  using Members = std::tuple<int64_t, int64_t, int64_t, EstimatorArguments>;
+
+  int64_t tensor_id;
+  int64_t sample_offset;
+  int64_t element_offset;
+  EstimatorArguments estimator;
+
+  Draw of(int64_t samples, double tau, bool hard) const {
+    return {tensor_id, 0, sample_offset, element_offset, samples, tau, hard, estimator};
+  }
+};
+
+// What every masked product begins with.
+struct Operands {
+  using Members = std::tuple<
+      Tensor,
+      Tensor,
+      Tensor,
+      std::optional<Tensor>,
+      std::optional<Tensor>,
+      std::optional<Tensor>>;
+
+  Tensor x;
+  Tensor weight;
+  Tensor logits;
+  std::optional<Tensor> bias;
+  std::optional<Tensor> bias_logits;
+  std::optional<Tensor> seed;
+};
+
+// Which of their gradients are asked for.
+struct Needs {
+  using Members = std::tuple<bool, bool, bool, bool, bool>;
+
+  bool x;
+  bool weight;
+  bool logits;
+  bool bias;
+  bool bias_logits;
+};
+
 // `seed` is int64, of shape [], [sets] or [sets, draws], or absent where there is no noise.
 // `Spec` is how the kernels of a device are told of masks, `seeds` the data there.
 template <typename Spec>
 Spec drawn_masks(
-    const std::optional<Tensor>& seed,
-    const int64_t* seeds,
-    int64_t sets,
-    int64_t samples,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    double tau,
-    const EstimatorArguments& estimator) {
+    const std::optional<Tensor>& seed, const int64_t* seeds, int64_t sets, const Draw& draw) {
+  const EstimatorArguments& estimator = draw.estimator;
   STD_TORCH_CHECK(estimator.code >= 0 && estimator.code <= 4, "estimator must be from 0 to 4");
   Spec spec{};
   if (seed.has_value()) {
@@ -101,11 +156,11 @@ Spec drawn_masks(
     spec.seed_stride = seed->dim() == 0 ? 0 : spec.draws;
   }
   spec.sets = sets;
-  spec.samples = seed.has_value() ? spec.draws * samples : 1;
-  spec.sample_offset = sample_offset;
-  spec.element_offset = element_offset;
-  spec.tensor_id = tensor_id;
-  spec.tau = static_cast<float>(tau);
+  spec.samples = seed.has_value() ? spec.draws * draw.samples : 1;
+  spec.sample_offset = draw.sample_offset;
+  spec.element_offset = draw.element_offset;
+  spec.tensor_id = draw.tensor_id;
+  spec.tau = static_cast<float>(draw.tau);
   spec.estimator = static_cast<Estimator>(estimator.code);
   spec.low = static_cast<float>(estimator.low);
   spec.high = static_cast<float>(estimator.high);
@@ -168,16 +223,15 @@ struct SampleShape {
       Layout& layout,
       const Tensor& logits,
       const std::vector<int64_t>& n_of_m,
-      bool hard,
-      const EstimatorArguments& estimator) const {
+      const Draw& draw) const {
     const int64_t inputs_at = per_set ? 2 : 1;
     STD_TORCH_CHECK(
-        hard && logits.dim() > inputs_at, "n_of_m needs hard masks of logits [out, in, ...]");
+        draw.hard && logits.dim() > inputs_at, "n_of_m needs hard masks of logits [out, in, ...]");
     int64_t after = 1;
     for (int64_t d = inputs_at + 1; d < logits.dim(); ++d) {
       after *= logits.size(d);
     }
-    modmask::keep_n_of_m(layout, n_of_m, logits.size(inputs_at), after, estimator);
+    modmask::keep_n_of_m(layout, n_of_m, logits.size(inputs_at), after, draw.estimator);
   }
 
   std::vector<int64_t> of_values(const Tensor& logits, int64_t samples) const {

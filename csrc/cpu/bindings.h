@@ -69,17 +69,10 @@ inline MaskSpec mask_spec(
     const std::optional<Tensor>& seed,
     const Contiguous& seed_data,
     int64_t sets,
-    int64_t samples,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    double tau,
-    bool hard,
-    const EstimatorArguments& estimator = {}) {
-  MaskSpec spec = drawn_masks<MaskSpec>(
-      seed, static_cast<const int64_t*>(seed_data.data()), sets, samples, tensor_id, sample_offset,
-      element_offset, tau, estimator);
-  spec.hard = hard;
+    const Draw& draw) {
+  MaskSpec spec =
+      drawn_masks<MaskSpec>(seed, static_cast<const int64_t*>(seed_data.data()), sets, draw);
+  spec.hard = draw.hard;
   return spec;
 }
 
@@ -134,8 +127,8 @@ class Layout {
   Layout(
       const Tensor& weight,
       const Tensor& logits,
+      const Draw& draw,
       const std::vector<int64_t>& n_of_m,
-      const EstimatorArguments& estimator,
       int64_t& sets) {
     const int64_t dims = weight.dim(), extra = logits.dim() - dims;
     STD_TORCH_CHECK(
@@ -157,7 +150,7 @@ class Layout {
     if (!n_of_m.empty()) {
       STD_TORCH_CHECK(same, "n_of_m needs logits like weight");
       const int64_t inputs = weight.size(1);
-      keep_n_of_m(layout, n_of_m, inputs, inputs > 0 ? row / inputs : 1, estimator);
+      keep_n_of_m(layout, n_of_m, inputs, inputs > 0 ? row / inputs : 1, draw.estimator);
       if (weight.numel() == 0) {  // there is no row to draw
         layout = {};
       }
@@ -184,26 +177,71 @@ class Layout {
   std::vector<int32_t> columns_;
 };
 
+// What every masked product checks, and the contiguous copies that its problem points into.
+struct ProductArguments {
+  Contiguous x, weight, logits, bias, bias_logits, seed;
+  CutStore cuts;
+  int64_t sets;
+  Layout layout;
+
+  ProductArguments(const Operands& o, const Draw& draw, const std::vector<int64_t>& n_of_m)
+      : x(o.x),
+        weight(o.weight),
+        logits(o.logits, are_shared(o.logits, o.weight.dim() + 1)),
+        bias(o.bias),
+        bias_logits(o.bias_logits),
+        seed(o.seed),
+        layout(o.weight, o.logits, draw, n_of_m, sets) {
+    check_float32(o.logits, "logits");
+    check_same_type(o.weight, o.x, "weight");
+  }
+
+  // Masks and pointers of the problem; the number of its groups.
+  template <typename Problem>
+  int64_t complete(Problem& problem, const Operands& o, const Draw& draw, int64_t outputs) {
+    if (o.bias.has_value()) {
+      check_same_type(*o.bias, o.x, "bias");
+      STD_TORCH_CHECK(o.bias->dim() == 1 && o.bias->size(0) == outputs, "bias must be [out]");
+    }
+    if (o.bias_logits.has_value()) {
+      check_float32(*o.bias_logits, "bias_logits");
+      STD_TORCH_CHECK(
+          o.bias.has_value() && o.bias_logits->dim() >= 1 && o.bias_logits->dim() <= 2 &&
+              o.bias_logits->size(-1) == outputs && o.bias_logits->numel() == sets * outputs,
+          "bias_logits must be [out] or [sets, out] and come with a bias");
+    }
+    MaskSpec& mask = problem.mask;
+    mask = mask_spec(o.seed, seed, sets, draw);
+    mask.shared = are_shared(o.logits, o.weight.dim() + 1);
+    mask.tensor_id = cuts.add(
+        mask, draw.estimator, draw.tensor_id, logits.floats(), o.logits.numel() / sets,
+        mask.shared);
+    problem.bias_tensor_id =
+        cuts.add(mask, draw.estimator, draw.bias_tensor_id, bias_logits.floats(), outputs);
+    mask.layout = layout.layout;
+    const int64_t groups = sets * mask.samples;
+    STD_TORCH_CHECK(
+        groups > 0 && o.x.size(0) % groups == 0,
+        "the batch of x does not divide into sets * samples groups");
+    problem.x = x.data();
+    problem.weight = weight.data();
+    problem.logits = logits.floats();
+    problem.bias = bias.data();
+    problem.bias_logits = bias_logits.floats();
+    return groups;
+  }
+};
+
 // The results of a backward operation; those that nobody needs are empty.
 class GradientTensors {
  public:
-  GradientTensors(
-      const Tensor& x,
-      const Tensor& weight,
-      const Tensor& logits,
-      const std::optional<Tensor>& bias,
-      const std::optional<Tensor>& bias_logits,
-      bool need_x,
-      bool need_weight,
-      bool need_logits,
-      bool need_bias,
-      bool need_bias_logits)
-      : dx_(like(x, need_x)),
-        dweight_(like(weight, need_weight)),
-        dlogits_(like(logits, need_logits)),
-        dbias_(like(bias.value_or(weight), need_bias)),
-        dbias_logits_(like(bias_logits.value_or(logits), need_bias_logits)),
-        no_weight_(weight.numel() == 0) {
+  GradientTensors(const Operands& of, const Needs& need)
+      : dx_(like(of.x, need.x)),
+        dweight_(like(of.weight, need.weight)),
+        dlogits_(like(of.logits, need.logits)),
+        dbias_(like(of.bias.value_or(of.weight), need.bias)),
+        dbias_logits_(like(of.bias_logits.value_or(of.logits), need.bias_logits)),
+        no_weight_(of.weight.numel() == 0) {
     if (no_weight_) {  // yet there may be logits
       torch::stable::zero_(dlogits_);
     }

@@ -1,20 +1,27 @@
 // The sizes of a convolution, from its operands and options.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
 #include "bindings.h"
 
 namespace modmask {
 
+// The options of a convolution, as the schemas say them.
+struct Window {
+  using Members =
+      std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
+
+  std::vector<int64_t> stride;
+  std::vector<int64_t> padding;  // before and after, of each dimension
+  std::vector<int64_t> dilation;
+  int64_t groups;
+};
+
 // Everything but the pointers and what belongs to masks; all images are in one group.
-inline ConvProblem conv_geometry(
-    const Tensor& x,
-    const Tensor& weight,
-    const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation,
-    int64_t groups) {
+inline ConvProblem conv_geometry(const Tensor& x, const Tensor& weight, const Window& window) {
+  const auto& [stride, padding, dilation, groups] = window;
   STD_TORCH_CHECK(
       weight.dim() == 4 && x.dim() == 4, "x and weight must have two spatial dimensions");
   STD_TORCH_CHECK(

@@ -9,74 +9,14 @@ namespace modmask {
 
 namespace {
 
-// Everything that both directions need, with the contiguous copies it points into.
-struct ConvArguments {
-  Contiguous x, weight, logits, bias, bias_logits, seed;
-  CutStore cuts;
-  int64_t sets;
-  Layout layout;
+struct ConvArguments : ProductArguments {
   ConvProblem problem;
 
   ConvArguments(
-      const Tensor& x_,
-      const Tensor& weight_,
-      const Tensor& logits_,
-      const std::optional<Tensor>& bias_,
-      const std::optional<Tensor>& bias_logits_,
-      const std::optional<Tensor>& seed_,
-      const std::vector<int64_t>& stride,
-      const std::vector<int64_t>& padding,
-      const std::vector<int64_t>& dilation,
-      int64_t groups,
-      int64_t tensor_id,
-      int64_t bias_tensor_id,
-      int64_t sample_offset,
-      int64_t element_offset,
-      int64_t samples,
-      double tau,
-      bool hard,
-      const EstimatorArguments& estimator,
-      const std::vector<int64_t>& n_of_m)
-      : x(x_),
-        weight(weight_),
-        logits(logits_, are_shared(logits_, weight_.dim() + 1)),
-        bias(bias_),
-        bias_logits(bias_logits_),
-        seed(seed_),
-        layout(weight_, logits_, n_of_m, estimator, sets) {
-    check_float32(logits_, "logits");
-    check_same_type(weight_, x_, "weight");
-    problem = conv_geometry(x_, weight_, stride, padding, dilation, groups);
-    const int64_t outputs = problem.outputs;
-    if (bias_.has_value()) {
-      check_same_type(*bias_, x_, "bias");
-      STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == outputs, "bias must be [out]");
-    }
-    if (bias_logits_.has_value()) {
-      check_float32(*bias_logits_, "bias_logits");
-      STD_TORCH_CHECK(
-          bias_.has_value() && bias_logits_->numel() == sets * outputs,
-          "bias_logits must be [out] or [sets, out] and come with a bias");
-    }
-    problem.mask = mask_spec(
-        seed_, seed, sets, samples, tensor_id, sample_offset, element_offset, tau, hard, estimator);
-    problem.mask.shared = are_shared(logits_, weight_.dim() + 1);
-    problem.mask.tensor_id = cuts.add(
-        problem.mask, estimator, tensor_id, logits.floats(), logits_.numel() / sets,
-        problem.mask.shared);
-    problem.bias_tensor_id =
-        cuts.add(problem.mask, estimator, bias_tensor_id, bias_logits.floats(), outputs);
-    problem.mask.layout = layout.layout;
-    const int64_t parts = sets * problem.mask.samples;
-    STD_TORCH_CHECK(
-        parts > 0 && x_.size(0) % parts == 0,
-        "the batch of x does not divide into sets * samples groups");
-    problem.images = x_.size(0) / parts;
-    problem.x = x.data();
-    problem.weight = weight.data();
-    problem.logits = logits.floats();
-    problem.bias = bias.data();
-    problem.bias_logits = bias_logits.floats();
+      const Operands& o, const Window& window, const Draw& draw, const std::vector<int64_t>& n_of_m)
+      : ProductArguments(o, draw, n_of_m), problem(conv_geometry(o.x, o.weight, window)) {
+    const int64_t groups = complete(problem, o, draw, problem.outputs);
+    problem.images = o.x.size(0) / groups;
   }
 
   bool empty() const {
@@ -85,34 +25,9 @@ struct ConvArguments {
 };
 
 Tensor masked_conv(
-    Tensor x,
-    Tensor weight,
-    Tensor logits,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> bias_logits,
-    std::optional<Tensor> seed,
-    std::vector<int64_t> stride,
-    std::vector<int64_t> padding,
-    std::vector<int64_t> dilation,
-    int64_t groups,
-    int64_t tensor_id,
-    int64_t bias_tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const ConvArguments a(
-      x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
-      bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
-  Tensor y = empty_like(x, conv_sizes(x, a.problem));
+    const Operands& o, const Window& window, const Draw& draw, const std::vector<int64_t>& n_of_m) {
+  const ConvArguments a(o, window, draw, n_of_m);
+  Tensor y = empty_like(o.x, conv_sizes(o.x, a.problem));
   if (!a.empty()) {
     active_kernels().conv_forward(a.problem, y.mutable_data_ptr(), torch_runner());
   }
@@ -120,44 +35,16 @@ Tensor masked_conv(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
-    Tensor dy,
-    Tensor x,
-    Tensor weight,
-    Tensor logits,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> bias_logits,
-    std::optional<Tensor> seed,
-    std::vector<int64_t> stride,
-    std::vector<int64_t> padding,
-    std::vector<int64_t> dilation,
-    int64_t groups,
-    int64_t tensor_id,
-    int64_t bias_tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m,
-    bool need_x,
-    bool need_weight,
-    bool need_logits,
-    bool need_bias,
-    bool need_bias_logits) {
-  const ConvArguments a(
-      x, weight, logits, bias, bias_logits, seed, stride, padding, dilation, groups, tensor_id,
-      bias_tensor_id, sample_offset, element_offset, samples, tau, hard,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
-  check_same_type(dy, x, "dy");
+    const Tensor& dy,
+    const Operands& o,
+    const Window& window,
+    const Draw& draw,
+    const std::vector<int64_t>& n_of_m,
+    const Needs& needs) {
+  const ConvArguments a(o, window, draw, n_of_m);
+  check_same_type(dy, o.x, "dy");
   const Contiguous dy_data(dy);
-  GradientTensors g(
-      x, weight, logits, bias, bias_logits, need_x, need_weight, need_logits, need_bias,
-      need_bias_logits);
+  GradientTensors g(o, needs);
   if (a.empty()) {
     g.zero();
   } else {
@@ -169,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("masked_conv", TORCH_BOX(&masked_conv));
-  m.impl("masked_conv_backward", TORCH_BOX(&masked_conv_backward));
+  m.impl("masked_conv", MODMASK_BOX(masked_conv));
+  m.impl("masked_conv_backward", MODMASK_BOX(masked_conv_backward));
 }
 
 }  // namespace modmask

@@ -19,6 +19,57 @@ CellSizes sizes_of(RnnCell cell) {
   return cell == RnnCell::kLstm ? CellSizes{4, 5} : CellSizes{3, 4};
 }
 
+// The operands of a layer, as the schemas say them.
+struct RnnOperands {
+  using Optional = std::optional<Tensor>;
+  using Members = std::tuple<
+      Tensor,
+      Optional,
+      Optional,
+      Tensor,
+      Tensor,
+      Tensor,
+      Tensor,
+      Optional,
+      Optional,
+      Optional,
+      Optional,
+      Optional,
+      Optional>;
+
+  Tensor x;
+  Optional h0, c0;
+  Tensor weight_ih, weight_hh, logits_ih, logits_hh;
+  Optional bias_ih, bias_hh, bias_logits_ih, bias_logits_hh, seed, lengths;
+};
+
+// Its cell and its masks.
+struct RnnDraw {
+  using Members = std::tuple<
+      int64_t,
+      bool,
+      std::vector<int64_t>,
+      int64_t,
+      int64_t,
+      double,
+      bool,
+      EstimatorArguments>;
+
+  int64_t cell;
+  bool reverse;
+  std::vector<int64_t> tensor_ids;
+  int64_t sample_offset;
+  int64_t samples;
+  double tau;
+  bool hard;
+  EstimatorArguments estimator;
+
+  // Those of any of its parameters, but for their numbers.
+  Draw of_masks() const {
+    return {0, 0, sample_offset, 0, samples, tau, hard, estimator};
+  }
+};
+
 // Everything that both directions need, with the contiguous copies it points into.
 struct RnnArguments {
   Contiguous x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh,
@@ -26,85 +77,64 @@ struct RnnArguments {
   CutStore cuts;
   RnnProblem problem{};
 
-  RnnArguments(
-      const Tensor& x_,
-      const std::optional<Tensor>& h0_,
-      const std::optional<Tensor>& c0_,
-      const Tensor& weight_ih_,
-      const Tensor& weight_hh_,
-      const Tensor& logits_ih_,
-      const Tensor& logits_hh_,
-      const std::optional<Tensor>& bias_ih_,
-      const std::optional<Tensor>& bias_hh_,
-      const std::optional<Tensor>& bias_logits_ih_,
-      const std::optional<Tensor>& bias_logits_hh_,
-      const std::optional<Tensor>& seed_,
-      const std::optional<Tensor>& lengths_,
-      int64_t cell,
-      bool reverse,
-      const std::vector<int64_t>& tensor_ids,
-      int64_t sample_offset,
-      int64_t samples,
-      double tau,
-      bool hard,
-      const EstimatorArguments& estimator)
-      : x(x_),
-        h0(h0_),
-        c0(c0_),
-        weight_ih(weight_ih_),
-        weight_hh(weight_hh_),
-        logits_ih(logits_ih_),
-        logits_hh(logits_hh_),
-        bias_ih(bias_ih_),
-        bias_hh(bias_hh_),
-        bias_logits_ih(bias_logits_ih_),
-        bias_logits_hh(bias_logits_hh_),
-        seed(seed_),
-        lengths(lengths_) {
-    STD_TORCH_CHECK(cell == 0 || cell == 1, "cell must be 0 (LSTM) or 1 (GRU)");
-    problem.cell = cell == 0 ? RnnCell::kLstm : RnnCell::kGru;
+  RnnArguments(const RnnOperands& o, const RnnDraw& draw)
+      : x(o.x),
+        h0(o.h0),
+        c0(o.c0),
+        weight_ih(o.weight_ih),
+        weight_hh(o.weight_hh),
+        logits_ih(o.logits_ih),
+        logits_hh(o.logits_hh),
+        bias_ih(o.bias_ih),
+        bias_hh(o.bias_hh),
+        bias_logits_ih(o.bias_logits_ih),
+        bias_logits_hh(o.bias_logits_hh),
+        seed(o.seed),
+        lengths(o.lengths) {
+    STD_TORCH_CHECK(draw.cell == 0 || draw.cell == 1, "cell must be 0 (LSTM) or 1 (GRU)");
+    problem.cell = draw.cell == 0 ? RnnCell::kLstm : RnnCell::kGru;
     problem.gates = sizes_of(problem.cell).gates;
-    STD_TORCH_CHECK(x_.dim() == 3, "x must be [steps, batch, in]");
-    STD_TORCH_CHECK(weight_hh_.dim() == 2, "weight_hh must be [gates * hidden, hidden]");
-    problem.steps = x_.size(0);
-    problem.in = x_.size(2);
-    problem.hidden = weight_hh_.size(1);
-    const int64_t batch = x_.size(1), out = problem.gates * problem.hidden;
-    const int64_t sets = logits_ih_.dim() == 3 ? logits_ih_.size(0) : 1;
+    STD_TORCH_CHECK(o.x.dim() == 3, "x must be [steps, batch, in]");
+    STD_TORCH_CHECK(o.weight_hh.dim() == 2, "weight_hh must be [gates * hidden, hidden]");
+    problem.steps = o.x.size(0);
+    problem.in = o.x.size(2);
+    problem.hidden = o.weight_hh.size(1);
+    const int64_t batch = o.x.size(1), out = problem.gates * problem.hidden;
+    const int64_t sets = o.logits_ih.dim() == 3 ? o.logits_ih.size(0) : 1;
     const auto check = [](const std::optional<Tensor>& t, const char* name, int64_t numel) {
       if (t.has_value()) {
         check_float32(*t, name);
         STD_TORCH_CHECK(t->numel() == numel, name, " has the wrong number of elements");
       }
     };
-    check(x_, "x", problem.steps * batch * problem.in);
-    check(h0_, "h0", batch * problem.hidden);
-    check(c0_, "c0", batch * problem.hidden);
-    check(weight_ih_, "weight_ih", out * problem.in);
-    check(weight_hh_, "weight_hh", out * problem.hidden);
-    check(logits_ih_, "logits_ih", sets * out * problem.in);
-    check(logits_hh_, "logits_hh", sets * out * problem.hidden);
-    check(bias_ih_, "bias_ih", out);
-    check(bias_hh_, "bias_hh", out);
-    check(bias_logits_ih_, "bias_logits_ih", sets * out);
-    check(bias_logits_hh_, "bias_logits_hh", sets * out);
+    check(o.x, "x", problem.steps * batch * problem.in);
+    check(o.h0, "h0", batch * problem.hidden);
+    check(o.c0, "c0", batch * problem.hidden);
+    check(o.weight_ih, "weight_ih", out * problem.in);
+    check(o.weight_hh, "weight_hh", out * problem.hidden);
+    check(o.logits_ih, "logits_ih", sets * out * problem.in);
+    check(o.logits_hh, "logits_hh", sets * out * problem.hidden);
+    check(o.bias_ih, "bias_ih", out);
+    check(o.bias_hh, "bias_hh", out);
+    check(o.bias_logits_ih, "bias_logits_ih", sets * out);
+    check(o.bias_logits_hh, "bias_logits_hh", sets * out);
     STD_TORCH_CHECK(
-        (bias_ih_.has_value() || !bias_logits_ih_.has_value()) &&
-            (bias_hh_.has_value() || !bias_logits_hh_.has_value()),
+        (o.bias_ih.has_value() || !o.bias_logits_ih.has_value()) &&
+            (o.bias_hh.has_value() || !o.bias_logits_hh.has_value()),
         "logits of a bias must come with that bias");
-    if (lengths_.has_value()) {
+    if (o.lengths.has_value()) {
       STD_TORCH_CHECK(
-          lengths_->scalar_type() == ScalarType::Long && lengths_->numel() == batch,
+          o.lengths->scalar_type() == ScalarType::Long && o.lengths->numel() == batch,
           "lengths must be int64, one per sequence");
     }
-    STD_TORCH_CHECK(tensor_ids.size() == 4, "tensor_ids must be four numbers");
-    problem.mask = mask_spec(seed_, seed, sets, samples, 0, sample_offset, 0, tau, hard, estimator);
+    STD_TORCH_CHECK(draw.tensor_ids.size() == 4, "tensor_ids must be four numbers");
+    problem.mask = mask_spec(o.seed, seed, sets, draw.of_masks());
     const int64_t groups = sets * problem.mask.samples;
     STD_TORCH_CHECK(
         groups > 0 && batch % groups == 0,
         "the batch of x does not divide into sets * samples groups");
     problem.rows = batch / groups;
-    problem.reverse = reverse;
+    problem.reverse = draw.reverse;
     problem.lengths = static_cast<const int64_t*>(lengths.data());
     problem.x = x.floats();
     problem.h0 = h0.floats();
@@ -119,10 +149,10 @@ struct RnnArguments {
     both(problem.bias_logits, bias_logits_ih, bias_logits_hh);
     for (int i = 0; i < 2; ++i) {
       const int64_t columns = i == 0 ? problem.in : problem.hidden;
-      problem.tensor_ids[i] =
-          cuts.add(problem.mask, estimator, tensor_ids[i], problem.logits[i], out * columns);
-      problem.tensor_ids[2 + i] =
-          cuts.add(problem.mask, estimator, tensor_ids[2 + i], problem.bias_logits[i], out);
+      problem.tensor_ids[i] = cuts.add(
+          problem.mask, draw.estimator, draw.tensor_ids[i], problem.logits[i], out * columns);
+      problem.tensor_ids[2 + i] = cuts.add(
+          problem.mask, draw.estimator, draw.tensor_ids[2 + i], problem.bias_logits[i], out);
     }
   }
 
@@ -163,42 +193,14 @@ void fill(Tensor& t, const float* from) {
 }
 
 // y, h_n, c_n (empty for a cell without one) and what the backward pass needs.
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_rnn(
-    Tensor x,
-    std::optional<Tensor> h0,
-    std::optional<Tensor> c0,
-    Tensor weight_ih,
-    Tensor weight_hh,
-    Tensor logits_ih,
-    Tensor logits_hh,
-    std::optional<Tensor> bias_ih,
-    std::optional<Tensor> bias_hh,
-    std::optional<Tensor> bias_logits_ih,
-    std::optional<Tensor> bias_logits_hh,
-    std::optional<Tensor> seed,
-    std::optional<Tensor> lengths,
-    int64_t cell,
-    bool reverse,
-    std::vector<int64_t> tensor_ids,
-    int64_t sample_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic) {
-  const RnnArguments a(
-      x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh, bias_logits_ih,
-      bias_logits_hh, seed, lengths, cell, reverse, tensor_ids, sample_offset, samples, tau, hard,
-      {estimator, low, high, clamp, antithetic});
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_rnn(const RnnOperands& o, const RnnDraw& draw) {
+  const RnnArguments a(o, draw);
   const RnnProblem& p = a.problem;
   const int64_t batch = a.batch();
-  Tensor y = empty_like(x, {p.steps, batch, p.hidden});
-  Tensor h_n = empty_like(x, {batch, p.hidden});
-  Tensor c_n = empty_like(x, {a.has_cell() ? batch : 0, p.hidden});
-  Tensor saved = empty_like(x, {a.saved()});
+  Tensor y = empty_like(o.x, {p.steps, batch, p.hidden});
+  Tensor h_n = empty_like(o.x, {batch, p.hidden});
+  Tensor c_n = empty_like(o.x, {a.has_cell() ? batch : 0, p.hidden});
+  Tensor saved = empty_like(o.x, {a.saved()});
   if (a.empty()) {
     fill(h_n, p.h0);
     fill(c_n, p.c0);
@@ -216,41 +218,15 @@ using Eleven = std::
     tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Eleven masked_rnn_backward(
-    std::optional<Tensor> dy,
-    std::optional<Tensor> dh_n,
-    std::optional<Tensor> dc_n,
-    Tensor y,
-    Tensor saved,
-    Tensor x,
-    std::optional<Tensor> h0,
-    std::optional<Tensor> c0,
-    Tensor weight_ih,
-    Tensor weight_hh,
-    Tensor logits_ih,
-    Tensor logits_hh,
-    std::optional<Tensor> bias_ih,
-    std::optional<Tensor> bias_hh,
-    std::optional<Tensor> bias_logits_ih,
-    std::optional<Tensor> bias_logits_hh,
-    std::optional<Tensor> seed,
-    std::optional<Tensor> lengths,
-    int64_t cell,
-    bool reverse,
-    std::vector<int64_t> tensor_ids,
-    int64_t sample_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
+    const std::optional<Tensor>& dy,
+    const std::optional<Tensor>& dh_n,
+    const std::optional<Tensor>& dc_n,
+    const Tensor& y,
+    const Tensor& saved,
+    const RnnOperands& o,
+    const RnnDraw& draw,
     int64_t needs) {
-  const RnnArguments a(
-      x, h0, c0, weight_ih, weight_hh, logits_ih, logits_hh, bias_ih, bias_hh, bias_logits_ih,
-      bias_logits_hh, seed, lengths, cell, reverse, tensor_ids, sample_offset, samples, tau, hard,
-      {estimator, low, high, clamp, antithetic});
+  const RnnArguments a(o, draw);
   const RnnProblem& p = a.problem;
   const Contiguous dy_data(dy), dh_n_data(dh_n), dc_n_data(dc_n), y_data(y), saved_data(saved);
   STD_TORCH_CHECK(
@@ -258,14 +234,14 @@ Eleven masked_rnn_backward(
           saved_data.floats()[a.saved() - 1] == static_cast<float>(active_kernels().lanes),
       "the CPU capability has changed since the forward pass");
   const std::optional<Tensor> tensors[] = {
-      x,         h0,      c0,      weight_ih,      weight_hh,     logits_ih,
-      logits_hh, bias_ih, bias_hh, bias_logits_ih, bias_logits_hh};
+      o.x,         o.h0,      o.c0,      o.weight_ih,      o.weight_hh,     o.logits_ih,
+      o.logits_hh, o.bias_ih, o.bias_hh, o.bias_logits_ih, o.bias_logits_hh};
   std::vector<Tensor> gradients;
   for (int i = 0; i < 11; ++i) {
     static constexpr int64_t kNone[] = {0};
     const bool needed = tensors[i].has_value() && (needs >> i & 1);
     gradients.push_back(empty_like(
-        x, needed ? tensors[i]->sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone)));
+        o.x, needed ? tensors[i]->sizes() : torch::headeronly::IntHeaderOnlyArrayRef(kNone)));
   }
   if (a.empty() || p.in == 0) {
     for (Tensor& t : gradients) {
@@ -304,8 +280,8 @@ Eleven masked_rnn_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("masked_rnn", TORCH_BOX(&masked_rnn));
-  m.impl("masked_rnn_backward", TORCH_BOX(&masked_rnn_backward));
+  m.impl("masked_rnn", MODMASK_BOX(masked_rnn));
+  m.impl("masked_rnn_backward", MODMASK_BOX(masked_rnn_backward));
 }
 
 }  // namespace modmask

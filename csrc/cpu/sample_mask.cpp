@@ -18,45 +18,28 @@ struct SampleArguments {
   SampleArguments(
       const Tensor& logits_,
       const std::optional<Tensor>& seed_,
-      int64_t samples,
-      int64_t tensor_id,
-      int64_t sample_offset,
-      int64_t element_offset,
-      double tau,
-      bool hard,
-      const EstimatorArguments& estimator,
+      const Draw& draw,
       const std::vector<int64_t>& n_of_m)
       : shape(logits_, seed_), logits(logits_, shape.shared), seed(seed_) {
-    spec = mask_spec(
-        seed_, seed, shape.sets, samples, tensor_id, sample_offset, element_offset, tau, hard,
-        estimator);
+    spec = mask_spec(seed_, seed, shape.sets, draw);
     spec.shared = shape.shared;
     spec.tensor_id =
-        cuts.add(spec, estimator, tensor_id, logits.floats(), shape.count, spec.shared);
+        cuts.add(spec, draw.estimator, draw.tensor_id, logits.floats(), shape.count, spec.shared);
     if (!n_of_m.empty()) {
-      shape.keep_n_of_m(spec.layout, logits_, n_of_m, hard, estimator);
+      shape.keep_n_of_m(spec.layout, logits_, n_of_m, draw);
     }
   }
 };
 
 Tensor sample_mask(
-    Tensor logits,
-    std::optional<Tensor> seed,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
     int64_t samples,
     double tau,
     bool hard,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const SampleArguments a(
-      logits, seed, samples, tensor_id, sample_offset, element_offset, tau, hard,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
+    const SampledDraw& draw,
+    const std::vector<int64_t>& n_of_m) {
+  const SampleArguments a(logits, seed, draw.of(samples, tau, hard), n_of_m);
   Tensor values = empty_like(logits, a.shape.of_values(logits, a.spec.samples));
   if (values.numel() > 0) {
     active_kernels().sample_values(
@@ -67,21 +50,12 @@ Tensor sample_mask(
 }
 
 Tensor sample_mask_packed(
-    Tensor logits,
-    std::optional<Tensor> seed,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
     int64_t samples,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const SampleArguments a(
-      logits, seed, samples, tensor_id, sample_offset, element_offset, 1.0, true,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
+    const SampledDraw& draw,
+    const std::vector<int64_t>& n_of_m) {
+  const SampleArguments a(logits, seed, draw.of(samples, 1.0, true), n_of_m);
   Tensor bits = torch::stable::new_empty(logits, a.shape.of_bits(a.spec.samples), ScalarType::Byte);
   if (bits.numel() > 0) {
     active_kernels().sample_bits(
@@ -92,23 +66,14 @@ Tensor sample_mask_packed(
 }
 
 Tensor sample_mask_backward(
-    Tensor dvalues,
-    Tensor logits,
-    std::optional<Tensor> seed,
+    const Tensor& dvalues,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
     int64_t samples,
     double tau,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const SampleArguments a(
-      logits, seed, samples, tensor_id, sample_offset, element_offset, tau, true,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
+    const SampledDraw& draw,
+    const std::vector<int64_t>& n_of_m) {
+  const SampleArguments a(logits, seed, draw.of(samples, tau, true), n_of_m);
   const Contiguous d_data(dvalues);
   check_float32(dvalues, "dvalues");
   Tensor dlogits = empty_like(logits, logits.sizes());
@@ -125,9 +90,9 @@ Tensor sample_mask_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("sample_mask", TORCH_BOX(&sample_mask));
-  m.impl("sample_mask_packed", TORCH_BOX(&sample_mask_packed));
-  m.impl("sample_mask_backward", TORCH_BOX(&sample_mask_backward));
+  m.impl("sample_mask", MODMASK_BOX(sample_mask));
+  m.impl("sample_mask_packed", MODMASK_BOX(sample_mask_packed));
+  m.impl("sample_mask_backward", MODMASK_BOX(sample_mask_backward));
 }
 
 }  // namespace modmask

@@ -158,11 +158,8 @@ Tensor select_conv(
     Tensor row_sets,
     std::optional<Tensor> bias,
     std::optional<Tensor> bias_masks,
-    std::vector<int64_t> stride,
-    std::vector<int64_t> padding,
-    std::vector<int64_t> dilation,
-    int64_t groups) {
-  ConvProblem p = conv_geometry(x, weight, stride, padding, dilation, groups);
+    const Window& window) {
+  ConvProblem p = conv_geometry(x, weight, window);
   const SelectArguments a(x, weight, masks, bias, bias_masks);
   const SortedRows sorted(x, row_sets, a.masks.sets, 1);
   Tensor y = empty_like(x, conv_sizes(x, p));
@@ -180,7 +177,7 @@ Tensor select_conv(
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
   m.impl("select_linear", TORCH_BOX(&select_linear));
-  m.impl("select_conv", TORCH_BOX(&select_conv));
+  m.impl("select_conv", MODMASK_BOX(select_conv));
 }
 
 }  // namespace modmask

@@ -9,18 +9,6 @@ namespace modmask::cuda {
 
 namespace {
 
-// What the schemas say of masks, in their order.
-struct Draw {
-  int64_t tensor_id;
-  int64_t bias_tensor_id;
-  int64_t sample_offset;
-  int64_t element_offset;
-  int64_t samples;
-  double tau;
-  bool hard;
-  EstimatorArguments estimator;
-};
-
 // The layer in the words of the kernels, with the operands it points into. `rows`: x or dy, or
 // their sums over the rows of each group; null where there are none.
 class Layer {
@@ -43,9 +31,7 @@ class Layer {
         words_(place, words, "words") {
     check_float32(logits, "logits");
     const int64_t sets = logits.size(0);
-    layer.mask = drawn_masks<MaskParams>(
-        seed, seed_.data<int64_t>(), sets, draw.samples, draw.tensor_id, draw.sample_offset,
-        draw.element_offset, draw.tau, draw.estimator);
+    layer.mask = drawn_masks<MaskParams>(seed, seed_.data<int64_t>(), sets, draw);
     layer.bias_mask = layer.mask;
     layer.bias_mask.tensor_id = draw.bias_tensor_id;
     layer.bias_mask.element_offset = 0;
@@ -107,42 +93,22 @@ Tensor needed(const Tensor& like, bool need, std::initializer_list<int64_t> shap
 
 // y [batch, out] of x [batch, in], or dx of dy; words are those of modmask::mask_words.
 Tensor product(
-    Tensor a,
-    Tensor weight,
-    Tensor logits,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> bias_logits,
-    std::optional<Tensor> seed,
-    std::optional<Tensor> words,
+    const Tensor& a,
+    const Tensor& weight,
+    const Tensor& logits,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& bias_logits,
+    const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& words,
     bool backward,
-    int64_t tensor_id,
-    int64_t bias_tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic) {
-  const Layer l(
-      a, weight, logits, bias, bias_logits, seed, words,
-      {tensor_id,
-       bias_tensor_id,
-       sample_offset,
-       element_offset,
-       samples,
-       tau,
-       hard,
-       {estimator, low, high, clamp, antithetic}});
+    const Draw& draw) {
+  const Layer l(a, weight, logits, bias, bias_logits, seed, words, draw);
   check_same_type(a, weight, "the batch");
   STD_TORCH_CHECK(
       a.dim() == 2 && a.size(1) == weight.size(backward ? 0 : 1),
       "the batch must be as wide as weight");
   STD_TORCH_CHECK(
-      !hard || words.has_value() || mode_of(l.layer.mask) == MaskMode::kPlain,
+      !draw.hard || words.has_value() || mode_of(l.layer.mask) == MaskMode::kPlain,
       "these masks must be packed");
   const Operand data(l.place, a, "the batch");
   Tensor result = torch::stable::new_empty(a, {a.size(0), backward ? l.layer.in : l.layer.out});
@@ -159,36 +125,16 @@ Tensor product(
 
 // (dweight, dlogits [sets, out, in])
 std::tuple<Tensor, Tensor> gradients(
-    Tensor dy,
-    Tensor x,
-    Tensor weight,
-    Tensor logits,
-    std::optional<Tensor> seed,
-    std::optional<Tensor> words,
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& words,
     bool need_weight,
     bool need_logits,
-    int64_t tensor_id,
-    int64_t bias_tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic) {
-  const Layer l(
-      x, weight, logits, std::nullopt, std::nullopt, seed, words,
-      {tensor_id,
-       bias_tensor_id,
-       sample_offset,
-       element_offset,
-       samples,
-       tau,
-       hard,
-       {estimator, low, high, clamp, antithetic}});
+    const Draw& draw) {
+  const Layer l(x, weight, logits, std::nullopt, std::nullopt, seed, words, draw);
   check_same_type(x, weight, "x");
   check_same_type(dy, weight, "dy");
   STD_TORCH_CHECK(
@@ -211,34 +157,14 @@ std::tuple<Tensor, Tensor> gradients(
 
 // (dbias, dbias_logits [sets, out]) of a masked bias, from dy [groups, out] summed over rows.
 std::tuple<Tensor, Tensor> bias_gradients(
-    Tensor sums,
-    Tensor bias,
-    Tensor bias_logits,
-    std::optional<Tensor> seed,
+    const Tensor& sums,
+    const Tensor& bias,
+    const Tensor& bias_logits,
+    const std::optional<Tensor>& seed,
     bool need_bias,
     bool need_logits,
-    int64_t tensor_id,
-    int64_t bias_tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t samples,
-    double tau,
-    bool hard,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic) {
-  const Layer l(
-      sums, std::nullopt, bias_logits, bias, bias_logits, seed, std::nullopt,
-      {tensor_id,
-       bias_tensor_id,
-       sample_offset,
-       element_offset,
-       samples,
-       tau,
-       hard,
-       {estimator, low, high, clamp, antithetic}});
+    const Draw& draw) {
+  const Layer l(sums, std::nullopt, bias_logits, bias, bias_logits, seed, std::nullopt, draw);
   check_float32(sums, "sums");
   STD_TORCH_CHECK(
       sums.dim() == 2 && sums.size(1) == l.layer.out && l.layer.rows == 1 &&
@@ -258,9 +184,9 @@ std::tuple<Tensor, Tensor> bias_gradients(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
-  m.impl("masked_product_cuda", TORCH_BOX(&product));
-  m.impl("masked_gradients_cuda", TORCH_BOX(&gradients));
-  m.impl("masked_bias_gradients_cuda", TORCH_BOX(&bias_gradients));
+  m.impl("masked_product_cuda", MODMASK_BOX(product));
+  m.impl("masked_gradients_cuda", MODMASK_BOX(gradients));
+  m.impl("masked_bias_gradients_cuda", MODMASK_BOX(bias_gradients));
 }
 
 }  // namespace modmask::cuda

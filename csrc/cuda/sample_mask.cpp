@@ -20,47 +20,30 @@ struct SampleArguments {
   SampleArguments(
       const Tensor& logits_,
       const std::optional<Tensor>& seed_,
-      int64_t samples,
-      int64_t tensor_id,
-      int64_t sample_offset,
-      int64_t element_offset,
-      double tau,
-      bool hard,
-      const EstimatorArguments& estimator,
+      const Draw& draw,
       const std::vector<int64_t>& n_of_m)
       : place(logits_),
         shape(logits_, seed_),
         logits(place, logits_, "logits", shape.shared),
         seed(place, seed_, "seed") {
-    mask = drawn_masks<MaskParams>(
-        seed_, seed.data<int64_t>(), shape.sets, samples, tensor_id, sample_offset, element_offset,
-        tau, estimator);
+    mask = drawn_masks<MaskParams>(seed_, seed.data<int64_t>(), shape.sets, draw);
     mask.shared = shape.shared;
-    cuts = Cuts(place, mask, estimator, logits_, logits.data<float>(), shape.count);
+    cuts = Cuts(place, mask, draw.estimator, logits_, logits.data<float>(), shape.count);
     if (!n_of_m.empty()) {
-      shape.keep_n_of_m(mask, logits_, n_of_m, hard, estimator);
+      shape.keep_n_of_m(mask, logits_, n_of_m, draw);
     }
   }
 };
 
 Tensor sample_mask(
-    Tensor logits,
-    std::optional<Tensor> seed,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
     int64_t samples,
     double tau,
     bool hard,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const SampleArguments a(
-      logits, seed, samples, tensor_id, sample_offset, element_offset, tau, hard,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
+    const SampledDraw& draw,
+    const std::vector<int64_t>& n_of_m) {
+  const SampleArguments a(logits, seed, draw.of(samples, tau, hard), n_of_m);
   Tensor values = empty_like(logits, a.shape.of_values(logits, a.mask.samples));
   if (values.numel() > 0) {
     launch_sample_values(
@@ -71,21 +54,12 @@ Tensor sample_mask(
 }
 
 Tensor sample_mask_packed(
-    Tensor logits,
-    std::optional<Tensor> seed,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
     int64_t samples,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const SampleArguments a(
-      logits, seed, samples, tensor_id, sample_offset, element_offset, 1.0, true,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
+    const SampledDraw& draw,
+    const std::vector<int64_t>& n_of_m) {
+  const SampleArguments a(logits, seed, draw.of(samples, 1.0, true), n_of_m);
   Tensor bits = torch::stable::new_empty(logits, a.shape.of_bits(a.mask.samples), ScalarType::Byte);
   if (bits.numel() > 0) {
     const int64_t bytes = (a.shape.count + 7) / 8;
@@ -97,23 +71,14 @@ Tensor sample_mask_packed(
 }
 
 Tensor sample_mask_backward(
-    Tensor dvalues,
-    Tensor logits,
-    std::optional<Tensor> seed,
+    const Tensor& dvalues,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
     int64_t samples,
     double tau,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
-  const SampleArguments a(
-      logits, seed, samples, tensor_id, sample_offset, element_offset, tau, true,
-      {estimator, low, high, clamp, antithetic}, n_of_m);
+    const SampledDraw& draw,
+    const std::vector<int64_t>& n_of_m) {
+  const SampleArguments a(logits, seed, draw.of(samples, tau, true), n_of_m);
   const Operand gradients(a.place, dvalues, "dvalues");
   check_float32(dvalues, "dvalues");
   Tensor dlogits = empty_like(logits, logits.sizes());
@@ -133,21 +98,14 @@ constexpr int64_t kSlack = 16;
 // Hard masks of a weight of shape `shape`, one bit each, for every group: int32 [sets, samples,
 // words]. logits: [sets, ...] of that shape, or of one that divides it.
 Tensor mask_words(
-    Tensor logits,
-    std::optional<Tensor> seed,
-    std::vector<int64_t> shape,
+    const Tensor& logits,
+    const std::optional<Tensor>& seed,
+    const std::vector<int64_t>& shape,
     int64_t samples,
-    int64_t tensor_id,
-    int64_t sample_offset,
-    int64_t element_offset,
-    int64_t estimator,
-    double low,
-    double high,
-    double clamp,
-    bool antithetic,
-    std::vector<int64_t> n_of_m) {
+    const SampledDraw& sampled,
+    const std::vector<int64_t>& n_of_m) {
   const Place place(logits);
-  const EstimatorArguments how{estimator, low, high, clamp, antithetic};
+  const Draw draw = sampled.of(samples, 1.0, true);
   const bool shared = are_shared(logits, logits.dim());
   const Operand data(place, logits, "logits", shared), seeds(place, seed, "seed");
   check_float32(logits, "logits");
@@ -168,14 +126,12 @@ Tensor mask_words(
             (sizes.small[d] > 0 && sizes.whole[d] % sizes.small[d] == 0),
         "logits must have the shape of the weight, or divide it in every dimension");
   }
-  MaskParams mask = drawn_masks<MaskParams>(
-      seed, seeds.data<int64_t>(), sets, samples, tensor_id, sample_offset, element_offset, 1.0,
-      how);
+  MaskParams mask = drawn_masks<MaskParams>(seed, seeds.data<int64_t>(), sets, draw);
   mask.shared = shared;
-  const Cuts cuts(place, mask, how, logits, data.data<float>(), count);
+  const Cuts cuts(place, mask, draw.estimator, logits, data.data<float>(), count);
   if (!n_of_m.empty()) {
     STD_TORCH_CHECK(count == whole && dims > 1, "n_of_m needs logits like the weight [out, in]");
-    keep_n_of_m(mask, n_of_m, shape[1], count / (shape[0] * shape[1]), how);
+    keep_n_of_m(mask, n_of_m, shape[1], count / (shape[0] * shape[1]), draw.estimator);
   }
   const auto words_of = [&](int64_t bits) {
     return torch::stable::new_empty(
@@ -204,10 +160,10 @@ Tensor mask_words(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
-  m.impl("sample_mask_cuda", TORCH_BOX(&sample_mask));
-  m.impl("sample_mask_packed_cuda", TORCH_BOX(&sample_mask_packed));
-  m.impl("mask_words_cuda", TORCH_BOX(&mask_words));
-  m.impl("sample_mask_backward_cuda", TORCH_BOX(&sample_mask_backward));
+  m.impl("sample_mask_cuda", MODMASK_BOX(sample_mask));
+  m.impl("sample_mask_packed_cuda", MODMASK_BOX(sample_mask_packed));
+  m.impl("mask_words_cuda", MODMASK_BOX(mask_words));
+  m.impl("sample_mask_backward_cuda", MODMASK_BOX(sample_mask_backward));
 }
 
 }  // namespace modmask::cuda
