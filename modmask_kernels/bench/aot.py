@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,7 +42,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 AMD = "gfx942"
 
@@ -113,7 +114,8 @@ class Compiled(NamedTuple):
 
     def instructions(self, loop: bool = False) -> Counter[str]:
         """Static counts of machine instructions by mnemonic, of all or of the longest loop."""
-        line = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)([^;]*);"
+        name = r"IMAD\.(?:WIDE|HI)|[A-Z][A-Z0-9_]+"
+        line = rf"/\*([0-9a-f]{{4,}})\*/\s+(?:@!?U?P\w+\s+)?({name})([^;]*);"
         found = [(int(at, 16), name, rest) for at, name, rest in re.findall(line, self.sass)]
         first, last = 0, 1 << 62
         if loop:
@@ -138,11 +140,13 @@ def compile_launch(launch: Launch, target: int | str) -> Compiled:
         if isinstance(value, Tensor) or (_is_special(parameter, value) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     nvidia = isinstance(target, int)
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
-        options=launch.options,
-    )
+    # kernels ask it while they are compiled
+    with mock.patch.object(_triton, "PTX", tl.constexpr(nvidia)):
+        compiled = triton.compile(
+            ASTSource(launch.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
+            options=launch.options,
+        )
     threads = launch.options["num_warps"] * (32 if nvidia else 64)
     if not nvidia:
         assembly = compiled.asm["amdgcn"]
@@ -184,6 +188,7 @@ def launch_of(
     estimator: int = 0,
     need_weight: bool = False,
     large_tiles: bool = True,
+    packs: bool = False,
     config: _triton.Config | None = None,
 ) -> Launch:
     """A kernel as a layer of 4096 outputs launches it, with 4 samples of one set.
@@ -191,6 +196,7 @@ def launch_of(
     Args:
         kernel: `forward`, `dx`, `gradients`, `bias_gradients` or `pack`.
         source: of the masks of a product, `bits` or `regenerate`.
+        packs: whether `gradients` writes the packed masks too.
         rows: of each group.
     """
     outputs, samples = 4096, 4
@@ -211,7 +217,14 @@ def launch_of(
             )
         elif kernel == "gradients":
             masked_linear.gradients(
-                dy, x, weight, masks, need_weight=need_weight, tf32=tf32, config=config
+                dy,
+                x,
+                weight,
+                masks,
+                need_weight=need_weight,
+                words=sample_mask.empty_words(masks) if packs else None,
+                tf32=tf32,
+                config=config,
             )
         elif kernel == "bias_gradients":
             sums = empty(samples, outputs, of=torch.float32)

@@ -24,6 +24,8 @@ FOLDER = Path("docs/results/gpu")
 BATCHES = (8, 64, 256, 1024, 4096, 8192)
 SAMPLES = (1, 4, 8)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# rows of a group beyond which Hopper takes wide tiles for dlogits, as `ops.masked_linear.triton`
+MANY = 512
 # words of 4 bytes per weight and training step that masking moves beyond the products, by counting
 # the passes of the ordinary code and of what torch.compile makes of it: a + b * samples
 NAIVE = (1.0, 48.0)
@@ -54,12 +56,14 @@ class Layer(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a kernel does: bytes of device memory, operations of products, instructions by lane."""
+    """What a kernel does: bytes of device memory, operations of products, slots of instructions;
+    and how many of its programs a processor holds at once."""
 
     name: str
     bytes: float
     operations: float = 0.0
     instructions: float = 0.0
+    resident: int = 1
 
 
 def floor_of(work: Work, layer: Layer, device: _gpu.Device) -> float:
@@ -72,10 +76,10 @@ def floor_of(work: Work, layer: Layer, device: _gpu.Device) -> float:
 
 
 def seconds_of(work: Work, layer: Layer, device: _gpu.Device) -> float:
-    """Seconds predicted, as the chooser does: instructions come before products, memory beside."""
-    arithmetic = work.operations / device.products(layer.size, tf32=True)
-    arithmetic += work.instructions / device.lanes
-    return max(work.bytes / device.bandwidth, arithmetic) / _gpu.SHARE + _gpu.LAUNCH
+    """Seconds predicted, as the chooser does."""
+    matrix = work.operations / device.products(layer.size, tf32=True)
+    busy = _gpu.arithmetic(work.instructions / device.lanes, matrix, work.resident)
+    return max(work.bytes / device.bandwidth, busy) / _gpu.SHARE + _gpu.LAUNCH
 
 
 def plain_step(layer: Layer) -> list[Work]:
@@ -123,21 +127,32 @@ def masked_step(
     logits = layer.weights * layer.logits_size
     each = layer.samples * layer.weights
     masks = bits if source == "bits" else logits
-    product = Work("", traffic + masks, operations, counts[source]["all"] * tiles * layer.weights)
-    draw = Work("masks", logits + bits, 0.0, counts["pack"]["all"] * each)
-    work = []
-    for name in ("forward", "dx"):
-        if source == "bits":
-            work.append(draw._replace(name=f"masks of {name}"))
-        work.append(product._replace(name=name))
+    resident = device.resident if source == "bits" and layer.size == 2 else 1
+    slots = counts[source]["slots"] * tiles * layer.weights
+    product = Work("", traffic + masks, operations, slots, resident)
+    once = counts["pack_once"]["slots"] * layer.weights
+    draw = Work("masks", logits + bits, 0.0, counts["pack"]["slots"] * each + once)
+    # where the wide tiles of Hopper leave no registers for it, dlogits does not pack for dx
+    hopper = device.name in ("H100", "H200")
+    packs = source == "bits" and not (hopper and layer.size == 2 and rows > MANY)
+    slope = counts["slope_pack" if packs else "slope"]["slots"] * each
+    slope += counts["slope_once"]["slots"] * layer.weights
+    dlogits = Work(
+        "dlogits",
+        traffic + 2 * logits + (bits if packs else 0.0),
+        2.0 * layer.batch * layer.weights,
+        slope,
+        2 if hopper and layer.size == 2 and rows <= MANY else 1,
+    )
+    drawn = {"forward": [draw] if source == "bits" else [], "dx": []}
+    if source == "bits" and not packs:
+        drawn["dx"] = [draw]
     return [
-        *work,
-        Work(
-            "dlogits",
-            traffic + 2 * logits,
-            2.0 * layer.batch * layer.weights,
-            counts["slope"]["all"] * each,
-        ),
+        *(work._replace(name="masks of forward") for work in drawn["forward"]),
+        product._replace(name="forward"),
+        dlogits,
+        *(work._replace(name="masks of dx") for work in drawn["dx"]),
+        product._replace(name="dx"),
     ]
 
 
@@ -226,8 +241,9 @@ def table_of(rows: Sequence[Mapping[str, Any]], dtype: str) -> Table:
             for row in chosen
         ],
         note="Floors: the ratio of the times that no kernel can go below, with every ceiling fully "
-        f"used; the prediction uses {_gpu.SHARE:.0%} of them, adds instructions for masks to the "
-        f"products and {1e6 * _gpu.LAUNCH:.0f} us per kernel, masked and plain alike. Naive and "
+        f"used; the prediction uses {_gpu.SHARE:.0%} of them, adds to the longer of products and "
+        "instructions for masks the shorter, half of it where two programs fit a processor, and "
+        f" {1e6 * _gpu.LAUNCH:.0f} us per kernel, masked and plain alike. Naive and "
         "compiled naive: the plain products and the weight-sized traffic of their masks. Words: "
         "weight-sized traffic of a step in 4 bytes per weight.",
     )

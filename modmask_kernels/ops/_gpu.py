@@ -56,12 +56,15 @@ class Device(NamedTuple):
         lanes: instructions of single lanes per second: processors * 128 * clock.
         dense: products of matrices without sparsity, operations per second, of two-byte numbers,
             TF32 and float32.
+        resident: programs of a two-byte product with packed masks that a processor holds at once,
+            by their registers and shared memory.
     """
 
     name: str
     bandwidth: float
     lanes: float
     dense: tuple[float, float, float]
+    resident: int = 1
 
     def products(self, element_size: int, tf32: bool) -> float:
         """Operations per second of a product in a dtype."""
@@ -70,9 +73,9 @@ class Device(NamedTuple):
 
 DEVICES = (
     Device("A100", 2.039e12, 108 * 128 * 1.41e9, (312e12, 156e12, 19.5e12)),
-    Device("H100", 3.35e12, 132 * 128 * 1.83e9, (989e12, 494e12, 67e12)),
-    Device("H200", 4.8e12, 132 * 128 * 1.83e9, (989e12, 494e12, 67e12)),
-    Device("B200", 8.0e12, 148 * 128 * 1.85e9, (2250e12, 1125e12, 75e12)),
+    Device("H100", 3.35e12, 132 * 128 * 1.83e9, (989e12, 494e12, 67e12), 2),
+    Device("H200", 4.8e12, 132 * 128 * 1.83e9, (989e12, 494e12, 67e12), 2),
+    Device("B200", 8.0e12, 148 * 128 * 1.85e9, (2250e12, 1125e12, 75e12), 2),
 )
 
 
@@ -93,11 +96,12 @@ def device_of(index: int) -> Device:
     )
 
 
-# Instructions per weight and tile beyond those of a plain product, and per weight and mask where
-# packed: docs/results/gpu/instructions.json, sm_90, rounded up.
-UNPACK = 8.0
-REGENERATE = 46.0
-PACK = 27.0
+# Slots per weight and tile beyond those of a plain product; where packed per weight and mask, and
+# per weight: docs/results/gpu/instructions.json, sm_90, rounded up.
+UNPACK = 4.0
+REGENERATE = 36.0
+PACK = 20.0
+PACK_ONCE = 28.0
 LAUNCH = 3e-6  # seconds, of one more kernel
 SHARE = 0.7  # of the ceilings that kernels reach
 
@@ -128,11 +132,20 @@ class Choice(NamedTuple):
     seconds: dict[str, float]
 
 
+def arithmetic(instructions: float, matrix: float, resident: int) -> float:
+    """Seconds of a kernel whose programs take turns between instructions and matrix units.
+
+    Alone on a processor a program uses one of them at a time. Of several at once another one uses
+    what this one does not; of the shorter of both times, one part in `resident` remains exposed.
+    """
+    return max(instructions, matrix) + min(instructions, matrix) / resident
+
+
 def predict(p: Product, device: Device) -> dict[str, float]:
     """Seconds of a masked product by the source of its masks, drawing included.
 
-    Memory and arithmetic overlap, the larger counts; the instructions that make the operand of a
-    matrix unit come before it and add to it. Every row tile of a group makes its operand anew.
+    Memory and arithmetic overlap, the larger counts. The instructions that make the operand of a
+    matrix unit come before it, see `arithmetic`. Every row tile of a group makes its operand anew.
     """
     weights = p.outputs * p.inputs
     groups = p.sets * p.per_set
@@ -145,13 +158,15 @@ def predict(p: Product, device: Device) -> dict[str, float]:
     logits = 4 * p.sets * weights
     noise = REGENERATE if p.quads else 1.5 * REGENERATE
 
-    def seconds(traffic: float, instructions: float, matrix: float) -> float:
-        arithmetic = instructions / device.lanes + matrix
-        return max(traffic / device.bandwidth, arithmetic) / SHARE + LAUNCH
+    resident = device.resident if p.element_size == 2 else 1
 
-    pack = seconds(logits + bits, PACK * groups * weights, 0.0)
+    def seconds(traffic: float, slots: float, matrix: float, resident: int = 1) -> float:
+        busy = arithmetic(slots / device.lanes, matrix, resident)
+        return max(traffic / device.bandwidth, busy) / SHARE + LAUNCH
+
+    pack = seconds(logits + bits, (PACK * groups + PACK_ONCE * p.sets) * weights, 0.0)
     return {
-        "bits": pack + seconds(elements + bits, UNPACK * tiles * weights, operations),
+        "bits": pack + seconds(elements + bits, UNPACK * tiles * weights, operations, resident),
         "regenerate": seconds(elements + logits, noise * tiles * weights, operations),
     }
 

@@ -24,8 +24,12 @@ BITS = tl.constexpr(1)
 REGENERATE = tl.constexpr(2)
 
 # `ops.estimators.NAMES`
+GUMBEL_SIGMOID = tl.constexpr(0)
 HARD_CONCRETE = tl.constexpr(1)
 THRESHOLD = tl.constexpr(3)
+
+# whether PTX may stand in a kernel: neither the interpreter nor AMD's compiler takes it
+PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
 PHILOX_ROUNDS = tl.constexpr(7)
 ONE_MINUS_HALF_STEP = tl.constexpr(1.0 - 2.0**-24)
@@ -36,14 +40,23 @@ ROUND_TO_INTEGER = tl.constexpr(12582912.0)
 
 @triton.jit
 def _philox(quad, sample, tensor_id, key):
-    return tl.philox(
-        key,
-        quad.to(tl.uint32),
-        sample.to(tl.uint32),
-        tensor_id.to(tl.uint32),
-        (quad >> 32).to(tl.uint32),
-        PHILOX_ROUNDS,
-    )
+    """`tl.philox` by products of 64 bits, one instruction where their halves are two."""
+    c0 = quad.to(tl.uint32)
+    c1 = sample.to(tl.uint32)
+    c2 = tensor_id.to(tl.uint32)
+    c3 = (quad >> 32).to(tl.uint32)
+    k0 = key.to(tl.uint64).to(tl.uint32)
+    k1 = (key.to(tl.uint64) >> 32).to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -111,9 +124,21 @@ def exp_minus(logits):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x of normal numbers, where one unit in the last place does not matter."""
+    if PTX:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
 def _surrogate(logits, u, rest, ue, tau, UNIT_TAU: tl.constexpr):
     if UNIT_TAU:
-        inverse = 1.0 / (ue + rest)
+        inverse = _reciprocal(ue + rest)
         value = rest * inverse
         slope = value * (ue * inverse)
     else:
@@ -222,6 +247,57 @@ def draw_tile(
 
 
 @triton.jit
+def slope_tile(
+    e,
+    first,
+    stride,
+    sample,
+    tensor_id,
+    key,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    QUADS: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+):
+    """(kept, slope of the soft mask) at tau 1 of a tile.
+
+    e: `exp_minus` of the logits, the same for all samples.
+    """
+    number = sample
+    if ANTITHETIC:
+        number = sample >> 1
+    words = noise_tile(first, stride, number, tensor_id, key, ROWS, COLUMNS, QUADS)
+    if ANTITHETIC:
+        words = words ^ (0 - (sample & 1)).to(tl.uint32)
+    u = uniform(words)
+    rest = 1.0 - u
+    ue = u * e
+    inverse = _reciprocal(ue + rest)
+    return ue < rest, (rest * inverse) * (ue * inverse)
+
+
+@triton.jit
+def _words_tile(
+    words_ptr,
+    first,
+    stride,
+    inside,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    at = (first & 31).to(tl.int32) + tl.arange(0, ROWS)[:, None] * stride
+    at = at + 32 * tl.arange(0, COLUMNS // 32)[None, :]
+    words = words_ptr + (first >> 5) + (at >> 5)
+    word = tl.load(words, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    if not WHOLE:
+        above = tl.load(words + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        both = (above.to(tl.uint64) << 32) | word
+        word = (both >> (at & 31).to(tl.uint64)).to(tl.uint32)
+    return word
+
+
+@triton.jit
 def bits_tile(
     words_ptr,
     first,
@@ -237,16 +313,64 @@ def bits_tile(
         inside: [ROWS, 1], which rows exist. Words up to COLUMNS bits beyond the last must exist.
         WHOLE: whether every row of the tile begins with a word.
     """
-    at = (first & 31).to(tl.int32) + tl.arange(0, ROWS)[:, None] * stride
-    at = at + 32 * tl.arange(0, COLUMNS // 32)[None, :]
-    words = words_ptr + (first >> 5) + (at >> 5)
-    word = tl.load(words, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    if not WHOLE:
-        above = tl.load(words + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        both = (above.to(tl.uint64) << 32) | word
-        word = (both >> (at & 31).to(tl.uint64)).to(tl.uint32)
+    word = _words_tile(words_ptr, first, stride, inside, ROWS, COLUMNS, WHOLE)
     bits = (word[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
     return tl.reshape(bits, (ROWS, COLUMNS)) != 0
+
+
+# A weight remains where the top bit of its word is set: `prmt` with the upper bit of a selector's
+# digit fills a byte with the sign of byte 3 (of the first word, digit B, or of the second, F).
+KEEP_PAIR = tl.constexpr("{ .reg .b32 mask; prmt.b32 mask, $2, $3, 0xFFBB; and.b32 $0, $1, mask; }")
+KEEP_ONE = tl.constexpr("{ .reg .b32 mask; prmt.b32 mask, $2, $2, 0xBBBB; and.b32 $0, $1, mask; }")
+
+
+@triton.jit
+def kept_tile(
+    weight,
+    words_ptr,
+    first,
+    stride,
+    inside,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A tile of weights where their packed bits are set, else 0; arguments as for `bits_tile`."""
+    if PTX:
+        word = _words_tile(words_ptr, first, stride, inside, ROWS, COLUMNS, WHOLE)
+        octet = word[:, :, None] << (24 - 8 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]
+        top = octet[:, :, :, None] << (7 - tl.arange(0, 8)).to(tl.uint32)[None, None, None, :]
+        top = tl.reshape(top, (ROWS, COLUMNS)).to(tl.int32, bitcast=True)
+        if weight.dtype.primitive_bitwidth == 16:
+            kept = tl.inline_asm_elementwise(
+                KEEP_PAIR,
+                "=r,r,r,r",
+                [weight.to(tl.int16, bitcast=True), top],
+                dtype=tl.int16,
+                is_pure=True,
+                pack=2,
+            ).to(weight.dtype, bitcast=True)
+        else:
+            kept = tl.inline_asm_elementwise(
+                KEEP_ONE,
+                "=r,r,r",
+                [weight.to(tl.int32, bitcast=True), top],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            ).to(weight.dtype, bitcast=True)
+    else:
+        bits = bits_tile(words_ptr, first, stride, inside, ROWS, COLUMNS, WHOLE)
+        kept = tl.where(bits, weight, 0.0)
+    return kept
+
+
+@triton.jit
+def packed_tile(kept, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of booleans as words [ROWS, COLUMNS // 32] of 32 bits."""
+    powers = tl.full((1, 1, 32), 1, tl.uint32) << tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    bits = tl.reshape(kept, (ROWS, COLUMNS // 32, 32))
+    return tl.sum(tl.where(bits, powers, 0), axis=2).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -279,22 +403,28 @@ VARYING = (
 
 
 class Config(NamedTuple):
-    """A tile of the result, M x N, the depth of a step, K, and how it is computed."""
+    """A tile of the result, M x N, the depth of a step, K, and how it is computed.
+
+    registers: most of a thread where `has_large_tiles`, so that a processor holds two programs; 0
+    for what the compiler wants.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    registers: int = 0
 
-    def launch(self) -> dict[str, Any]:
-        """As arguments of a kernel of this package."""
+    def launch(self, limited: bool = False) -> dict[str, Any]:
+        """As arguments of a kernel of this package; `limited`: in registers."""
         return {
             "M": self.m,
             "N": self.n,
             "K": self.k,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **({"maxnreg": self.registers} if limited and self.registers else {}),
             **UNFUSED,
         }
 

@@ -10,8 +10,11 @@ from modmask_kernels.ops import _gpu
 
 RESULTS = Path(__file__).parents[2] / "docs/results/gpu"
 COUNTS = {
-    name: {"all": count}
-    for name, count in {"bits": 4.0, "regenerate": 40.0, "pack": 30.0, "slope": 50.0}.items()
+    name: {"slots": count}
+    for name, count in {
+        **{"bits": 4.0, "regenerate": 40.0, "pack": 30.0, "pack_once": 20.0},
+        **{"slope": 50.0, "slope_once": 10.0, "slope_pack": 55.0},
+    }.items()
 }
 H100 = _gpu.DEVICES[1]
 
@@ -24,16 +27,34 @@ def test_work_of_a_step():
     weights = 4096 * 2048
     bits = 4 * weights // 8
     rows = 256 * (4096 + 2048) * 2
-    assert step["masks of forward"] == step["masks of dx"]._replace(name="masks of forward")
-    assert step["masks of dx"][1:] == (4 * weights + bits, 0.0, 30.0 * 4 * weights)
+    assert "masks of dx" not in step
+    assert step["masks of forward"][1:] == (4 * weights + bits, 0.0, (4 * 30.0 + 20.0) * weights, 1)
     for name in ("forward", "dx"):
         # one tile of rows for each sample
-        assert step[name][1:] == (2 * weights + rows + bits, 2 * 256 * weights, 4.0 * 4 * weights)
+        expected = (2 * weights + rows + bits, 2 * 256 * weights, 4.0 * 4 * weights, 2)
+        assert step[name][1:] == expected
+    # it packs for dx
     assert step["dlogits"][1:] == (
-        *(2 * weights + rows + 2 * 4 * weights, 2 * 256 * weights, 50.0 * 4 * weights),
+        2 * weights + rows + 2 * 4 * weights + bits,
+        2 * 256 * weights,
+        (4 * 55.0 + 10.0) * weights,
+        2,
     )
     words = roofline.words_per_weight(list(step.values()), layer)
-    assert words == pytest.approx(2 + 3 * 0.5 + 2 + 4 * 4 / 32)
+    assert words == pytest.approx(1 + 3 * 0.5 + 2 + 4 * 4 / 32)
+
+
+def test_wide_tiles_of_dlogits_do_not_pack():
+    layer = roofline.Layer(4096, 2048, 8192, 4, "bfloat16")
+    step = {work.name: work for work in roofline.masked_step(layer, H100, COUNTS)}
+    assert step["masks of dx"][1:] == step["masks of forward"][1:]
+    assert step["dlogits"].resident == 1
+    assert step["dlogits"].instructions == (4 * 50.0 + 10.0) * 4096 * 2048
+
+
+def test_two_programs_hide_half_of_the_shorter_time():
+    assert _gpu.arithmetic(3.0, 8.0, 1) == _gpu.arithmetic(8.0, 3.0, 1) == 11.0
+    assert _gpu.arithmetic(3.0, 8.0, 2) == 9.5
 
 
 @pytest.mark.parametrize("dtype", roofline.DTYPES)

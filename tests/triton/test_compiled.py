@@ -1,5 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: what the compilers made of them."""
 
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 import triton
 
 from modmask_kernels.bench import aot, instructions
-from modmask_kernels.ops import _gpu
+from modmask_kernels.ops import _gpu, _triton
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "gpu"
 # bytes of shared memory that a block may have
@@ -47,6 +48,9 @@ CASES = [
     (90, "gradients", FP16, {}),
     (90, "gradients", BF16, {"rows": 8, "large_tiles": False}),
     (90, "gradients", BF16, {"need_weight": True}),
+    (90, "gradients", BF16, {"rows": 64, "packs": True}),
+    (100, "gradients", BF16, {"packs": True}),
+    (aot.AMD, "gradients", BF16, {"packs": True}),
     (90, "forward", BF16, {"inputs": 4095}),
     (90, "gradients", BF16, {"inputs": 4095}),
     (90, "bias_gradients", BF16, {}),
@@ -125,7 +129,7 @@ def test_resources_and_instructions(case, compiled):
     if not odd and not gathered and kernel != "bias_gradients":
         wide = "dwordx4" if target == aot.AMD else r"ld\.global\.v4|ld\.global\..*v4|cp\.async\.cg"
         assert re.search(wide, text)
-    if target != aot.AMD and not ieee:
+    if target != aot.AMD and not ieee and kernel != "gradients":  # which fuse where they sum
         # the decision is made of separately rounded products and sums
         assert not re.search(r"\bfma\.rn\S*\.f32", text)
 
@@ -144,7 +148,7 @@ def test_instructions_per_weight(capability, compiled):
     if triton.__version__ == committed["triton"]:
         assert found == committed[str(capability)]
     # unpacking is cheap, and noise costs less than its words one by one would
-    total = {name: row["all"] for name, row in found.items()}
+    total = {name: row["slots"] for name, row in found.items()}
     assert 3 * total["bits"] < total["regenerate"] < 100
 
 
@@ -156,8 +160,53 @@ def test_the_page_is_the_table():
 
 def test_the_chooser_knows_the_table():
     row = json.loads((RESULTS / "instructions.json").read_text())["90"]
-    counted = [math.ceil(row[name]["all"]) for name in ("bits", "regenerate", "pack")]
-    assert counted == [_gpu.UNPACK, _gpu.REGENERATE, _gpu.PACK]
+    names = ("bits", "regenerate", "pack", "pack_once")
+    counted = [math.ceil(row[name]["slots"]) for name in names]
+    assert counted == [_gpu.UNPACK, _gpu.REGENERATE, _gpu.PACK, _gpu.PACK_ONCE]
+
+
+@pytest.mark.parametrize("target", [90, 100])
+@pytest.mark.parametrize("kernel", ["forward", "dx"])
+def test_two_programs_fit_a_processor(target, kernel, compiled):
+    """As the model supposes of products with packed masks."""
+    found = compiled(name_of((target, kernel, BF16, {})))
+    assert 2 * found.threads * found.registers <= 65536
+    assert 2 * (found.shared + 1024) <= 228 << 10
+
+
+def test_two_gradients_of_few_rows_fit_a_processor(compiled):
+    found = compiled(name_of((90, "gradients", BF16, {"rows": 64, "packs": True})))
+    assert 2 * found.threads * found.registers <= 65536
+    assert 2 * (found.shared + 1024) <= 228 << 10
+
+
+def permuted(a, b, selector):
+    """PTX's `prmt.b32` in its default mode."""
+    octets = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+    digits = [selector >> 4 * i & 15 for i in range(4)]
+    chosen = [octets[d & 7] for d in digits]
+    signs = [255 * (byte >> 7) if d & 8 else byte for d, byte in zip(digits, chosen, strict=True)]
+    return int.from_bytes(bytes(signs), "little")
+
+
+def test_the_assembly_keeps_weights_by_their_top_bits():
+    """What the interpreter cannot run."""
+    pair = int(re.search(r"prmt\.b32 mask, \$2, \$3, (0x\w+)", _triton.KEEP_PAIR.value)[1], 16)
+    one = int(re.search(r"prmt\.b32 mask, \$2, \$2, (0x\w+)", _triton.KEEP_ONE.value)[1], 16)
+    for a, b in itertools.product((0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678), repeat=2):
+        expected = 0xFFFF * (a >> 31) + 0xFFFF0000 * (b >> 31)
+        assert permuted(a, b, pair) == expected
+        assert permuted(a, a, one) == 0xFFFFFFFF * (a >> 31)
+    for text in (_triton.KEEP_PAIR.value, _triton.KEEP_ONE.value):
+        assert text.endswith("and.b32 $0, $1, mask; }")
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120])
+def test_pairs_of_weights_are_masked_together(target, compiled):
+    text = compiled(name_of((target, "forward", BF16, {}))).assembly
+    config = aot.launch_of("forward", large_tiles=target == 90)
+    weights = config.arguments["N"] * config.arguments["K"] // (32 * config.options["num_warps"])
+    assert len(re.findall(r"prmt\.b32 mask", text)) % (weights // 2) == 0
 
 
 def test_nothing_of_it_needs_a_driver():

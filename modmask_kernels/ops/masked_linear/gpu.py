@@ -275,13 +275,13 @@ def _product(
     n_of_m: list[int],
     special: bool,
     backward: bool,
+    words: Tensor | None = None,
 ) -> Tensor:
-    """x (W*M)^T + bias, or dy (W*M), as chosen."""
-    words = None
+    """x (W*M)^T + bias, or dy (W*M), as chosen; `words`: masks that Triton has packed before."""
     if way.source == "bits" and (way.kind == "cuda" or special):
         words = mask_words(masks, weight.shape, n_of_m)
         masks = masks._replace(element_offset=0)  # where such words begin
-    elif way.source == "bits":
+    elif way.source == "bits" and words is None:
         from ..sample_mask import triton
 
         words = triton.pack(masks)
@@ -344,8 +344,12 @@ def _gradients(
     special: bool,
     need_weight: bool,
     need_logits: bool,
+    packed: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dweight, dlogits) by the kernels of the product; see `_product`."""
+    """(dweight, dlogits) by the kernels of the product; see `_product`.
+
+    `packed`: words that Triton's kernel fills with the masks that it draws.
+    """
     dweight = dlogits = None
     coarse = masks.logits.shape[1:] != weight.shape
     if need_logits and coarse:
@@ -371,11 +375,24 @@ def _gradients(
             decided,
             need_weight=need_weight,
             need_logits=need_logits,
+            words=packed,
             tf32=tf32(x),
         )
         dweight = found[0] if need_weight else dweight
         dlogits = found[1] if need_logits else dlogits
     return dweight, dlogits
+
+
+def _words_of_gradients(
+    x: Tensor, weight: Tensor, masks: Masks, need_weight: bool, need_logits: bool
+) -> Tensor | None:
+    """Room for masks that the gradient of the logits packs for that of x, if it does."""
+    from ..sample_mask import triton as sample_mask
+    from . import triton
+
+    if not triton.packs(x, weight, masks, need_weight, need_logits):
+        return None
+    return sample_mask.empty_words(masks)
 
 
 def forward(
@@ -417,14 +434,18 @@ def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         weight = weight.contiguous()
         rows, of_rows = (t.flatten(0, -2).contiguous() for t in (x, dy))
-        if need_x:
-            dx = _product(way, of_rows, weight, masks, None, n_of_m, special, True)
+        words = None
+        if need_x and way[:2] == ("triton", "bits") and not special:
+            words = _words_of_gradients(rows, weight, masks, need_weight, need_logits)
         if need_weight or need_logits:
             dweight, dlogits = _gradients(
                 *(way, of_rows, rows, weight, masks, n_of_m, special),
                 need_weight,
                 need_logits,
+                words,
             )
+        if need_x:
+            dx = _product(way, of_rows, weight, masks, None, n_of_m, special, True, words)
         if need_bias or need_bias_logits:
             assert bias is not None
             dbias, dbias_logits = bias_gradients(

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from .._triton import (
     BITS,
+    GUMBEL_SIGMOID,
     REGENERATE,
     UNFUSED,
     VARYING,
     Config,
     Masks,
-    bits_tile,
     draw_tile,
+    exp_minus,
     has_large_tiles,
+    kept_tile,
+    packed_tile,
     precision,
+    slope_tile,
     tile_of_program,
     upcast,
 )
@@ -69,8 +73,7 @@ def _masked_weight(
         weight = weight.to(tl.float32)
     if SOURCE == BITS:
         first = corner + (element_offset.to(tl.int64) & 3)
-        kept = bits_tile(words_ptr, first, inputs, within, ROWS, COLUMNS, WORDS)
-        weight = tl.where(kept, weight, 0.0)
+        weight = kept_tile(weight, words_ptr, first, inputs, within, ROWS, COLUMNS, WORDS)
     elif SOURCE == REGENERATE:
         logits = tl.load(logits_ptr + corner + offset, mask=inside, other=0.0)
         kept, value, _ = draw_tile(
@@ -280,6 +283,7 @@ def weight_gradients(
     seed_ptr,
     dlogits_ptr,
     dweight_ptr,
+    words_ptr,
     rows,
     outputs,
     inputs,
@@ -288,6 +292,7 @@ def weight_gradients(
     samples,
     logits_stride,
     seed_stride,
+    words_stride,
     sample_offset,
     element_offset,
     tensor_id,
@@ -298,6 +303,7 @@ def weight_gradients(
     most,
     NEED_LOGITS: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
+    PACK: tl.constexpr,
     QUADS: tl.constexpr,
     NOISE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
@@ -314,8 +320,9 @@ def weight_gradients(
     """dlogits[set] = W * sum over samples of D * slope and dweight = sum over groups of D * M.
 
     D = dy^T x of a group. A program owns M outputs and N inputs, of one set, or with NEED_WEIGHT
-    of all sets, and adds in the order of the groups.
+    of all sets, and adds in the order of the groups. With PACK it also writes the masks, packed.
     """
+    QUICK: tl.constexpr = UNIT_TAU and NOISE and ESTIMATOR == GUMBEL_SIGMOID and not NEED_WEIGHT
     row, column = tile_of_program(
         tl.program_id(0), tl.cdiv(outputs, M), tl.cdiv(inputs, N), M, N, TOGETHER
     )
@@ -339,6 +346,9 @@ def weight_gradients(
             mask=inside,
             other=0.0,
         )
+        e = logits
+        if QUICK:
+            e = exp_minus(logits)
         dlogits = tl.zeros((M, N), dtype=tl.float32)
         for j in range(per_set):
             first = (set_ * per_set + j) * rows.to(tl.int64)
@@ -363,30 +373,53 @@ def weight_gradients(
             key = tl.full((), 0, tl.int64)
             if NOISE:
                 key = tl.load(seed_ptr + set_ * seed_stride + j // samples)
-            kept, value, slope = draw_tile(
-                logits,
-                element_offset.to(tl.int64) + corner,
-                inputs,
-                sample_offset.to(tl.int64) + j % samples,
-                tensor_id,
-                key,
-                tau,
-                low,
-                high,
-                least,
-                most,
-                M,
-                N,
-                QUADS,
-                NOISE,
-                ESTIMATOR,
-                ANTITHETIC,
-                UNIT_TAU,
-            )
-            if NEED_LOGITS:
-                dlogits += product * slope
-            if NEED_WEIGHT:
-                dweight += tl.where(kept, product, 0.0) if HARD else product * value
+            if QUICK:
+                kept, slope = slope_tile(
+                    e,
+                    element_offset.to(tl.int64) + corner,
+                    inputs,
+                    sample_offset.to(tl.int64) + j % samples,
+                    tensor_id,
+                    key,
+                    M,
+                    N,
+                    QUADS,
+                    ANTITHETIC,
+                )
+                dlogits = tl.fma(product, slope, dlogits)
+                if PACK:
+                    w = tl.arange(0, N // 32)[None, :]
+                    to = words_ptr + (set_ * per_set + j) * words_stride.to(tl.int64)
+                    tl.store(
+                        to + (corner >> 5) + (o * (inputs // 32) + w),
+                        packed_tile(kept, M, N),
+                        mask=(o < outputs - o0) & (w < (inputs - i0) // 32),
+                    )
+            else:
+                kept, value, slope = draw_tile(
+                    logits,
+                    element_offset.to(tl.int64) + corner,
+                    inputs,
+                    sample_offset.to(tl.int64) + j % samples,
+                    tensor_id,
+                    key,
+                    tau,
+                    low,
+                    high,
+                    least,
+                    most,
+                    M,
+                    N,
+                    QUADS,
+                    NOISE,
+                    ESTIMATOR,
+                    ANTITHETIC,
+                    UNIT_TAU,
+                )
+                if NEED_LOGITS:
+                    dlogits = tl.fma(product, slope, dlogits)
+                if NEED_WEIGHT:
+                    dweight += tl.where(kept, product, 0.0) if HARD else product * value
         if NEED_LOGITS:
             weight = tl.load(weight_ptr + corner + offset, mask=inside, other=0.0)
             dlogits *= weight.to(tl.float32)
@@ -479,10 +512,14 @@ def bias_gradients(
 
 # Tiles by what they hold: many, some or few rows of a group. Regenerated masks keep logits beside
 # weights in shared memory, and products without matrix units keep operands in registers.
-_HALF = (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 4, 3), Config(16, 64, 128, 4, 3))
+_HALF = (Config(128, 128, 64, 8, 3, 128), Config(64, 128, 64, 4, 3), Config(16, 64, 128, 4, 3))
 _HALF_REGENERATE = (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 8, 2), Config(16, 64, 64, 4, 2))
 _TF32 = (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 3), Config(16, 64, 64, 4, 2))
 _IEEE = (Config(64, 64, 32, 8, 2), Config(64, 64, 32, 8, 2), Config(16, 64, 32, 4, 2))
+
+
+# rows of a group from which the product counts for more than the noise of its gradient
+_MANY = 512
 
 
 def _by_rows(table: tuple[Config, Config, Config], rows: int) -> Config:
@@ -507,7 +544,10 @@ def gradients_config(
     depth = 64 if rows > 32 else 32 if rows > 16 else 16
     if dtype == torch.float32:
         return Config(64, 64, min(depth, 32), 8, 3) if tf32 else Config(64, 32, 32, 8, 2)
-    return Config(64, 128 if large and rows > 32 else 64, depth, 8, 3)
+    # wide tiles keep the matrix units busy, narrow ones leave registers for a second program
+    return (
+        Config(64, 128, depth, 8, 3) if large and rows > _MANY else Config(64, 64, depth, 8, 3, 128)
+    )
 
 
 def product(
@@ -539,6 +579,7 @@ def product(
     config = config or product_config(a.dtype, rows, words is None, tf32)
     tiles = groups * triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n)
     masked_bias = bias is not None and masks.bias_logits is not None
+    whole = inputs % 32 == 0 and masks.skip == 0
     masked_product[(tiles,)](
         a,
         weight,
@@ -563,13 +604,22 @@ def product(
         MASKED_BIAS=masked_bias,
         SOURCE=(REGENERATE if words is None else BITS).value,
         QUADS=masks.quads(inputs),
-        WORDS=inputs % 32 == 0 and masks.skip == 0,
+        WORDS=whole,
         UPCAST=upcast(a.dtype),
         PRECISION=precision(a.dtype, tf32),
         TOGETHER=8,
-        **config.launch(),
+        **config.launch(whole and has_large_tiles(a)),
     )
     return result
+
+
+def packs(x: Tensor, weight: Tensor, masks: Masks, need_weight: bool, need_logits: bool) -> bool:
+    """Whether `gradients` of rows like x can write the packed masks, for which it has noise."""
+    plain = masks.noise and masks.code == GUMBEL_SIGMOID.value and masks.tau == 1.0
+    whole = weight.shape[1] % 32 == 0 and masks.skip == 0
+    rows = x.shape[0] // (masks.sets * masks.per_set)
+    wide = x.element_size() == 2 and rows > _MANY and has_large_tiles(x)  # no registers left
+    return plain and whole and not wide and need_logits and not need_weight and weight.numel() > 0
 
 
 def gradients(
@@ -580,6 +630,7 @@ def gradients(
     *,
     need_weight: bool = False,
     need_logits: bool = True,
+    words: Tensor | None = None,
     tf32: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -588,7 +639,10 @@ def gradients(
     Args:
         dy: `[groups * rows, outputs]`. x: `[groups * rows, inputs]`. Both contiguous.
         weight, masks: as in `product`.
+        words: where to write the packed masks, which are drawn for dlogits anyway; only if
+            `packs(...)`.
     """
+    assert words is None or packs(x, weight, masks, need_weight, need_logits)
     outputs, inputs = weight.shape
     rows = x.shape[0] // (masks.sets * masks.per_set)
     dweight = torch.empty_like(weight) if need_weight else None
@@ -606,21 +660,24 @@ def gradients(
         masks.logits,
         dlogits_ptr=masks.logits if dlogits is None else dlogits,
         dweight_ptr=weight if dweight is None else dweight,
+        words_ptr=masks.logits if words is None else words,
         rows=rows,
         outputs=outputs,
         inputs=inputs,
         sets=masks.sets,
         logits_stride=masks.logits.stride(0),
+        words_stride=0 if words is None else words.stride(-2),
         element_offset=masks.element_offset,
         **masks.arguments(),
         **masks.surrogate(),
         NEED_LOGITS=need_logits,
         NEED_WEIGHT=need_weight,
+        PACK=words is not None,
         QUADS=masks.quads(inputs),
         UPCAST=upcast(x.dtype),
         PRECISION=precision(x.dtype, tf32),
         TOGETHER=8,
-        **config.launch(),
+        **config.launch(has_large_tiles(x)),
     )
     return dweight, dlogits
 

@@ -74,9 +74,16 @@ def pack_masks(
         tl.store(words + j * sample_stride, word.to(tl.int32, bitcast=True))
 
 
-_ROWS = 32
+_ROWS = 128
 # words after those of a mask, which tiles of a product read beyond its end
 _SLACK = 16
+
+
+def empty_words(masks: Masks, *, sets_first: bool = True) -> Tensor:
+    """Where `pack` writes."""
+    used = triton.cdiv(masks.skip + masks.logits[0].numel(), 32 * _ROWS) * _ROWS
+    leading = (masks.sets, masks.per_set) if sets_first else (masks.per_set, masks.sets)
+    return torch.empty((*leading, used + _SLACK), dtype=torch.int32, device=masks.logits.device)
 
 
 def pack(masks: Masks, *, sets_first: bool = True) -> Tensor:
@@ -86,16 +93,14 @@ def pack(masks: Masks, *, sets_first: bool = True) -> Tensor:
         int32 `[sets, per_set, words]`, or `[per_set, sets, words]`; bit b & 31 of word b >> 5 is
         weight b - `masks.skip`. Beyond the last weight there are at least 16 words of anything.
     """
-    count = masks.logits[0].numel()
-    used = triton.cdiv(masks.skip + count, 32 * _ROWS) * _ROWS
-    leading = (masks.sets, masks.per_set) if sets_first else (masks.per_set, masks.sets)
-    words = torch.empty((*leading, used + _SLACK), dtype=torch.int32, device=masks.logits.device)
+    words = empty_words(masks, sets_first=sets_first)
+    used = words.shape[-1] - _SLACK
     set_stride, sample_stride = words.stride()[:2] if sets_first else words.stride()[1::-1]
     if used:
         pack_masks[(used // _ROWS, masks.sets)](
             masks.logits,
             words_ptr=words,
-            count=count,
+            count=masks.logits[0].numel(),
             skip=masks.skip,
             logits_stride=masks.logits.stride(0),
             set_stride=set_stride,

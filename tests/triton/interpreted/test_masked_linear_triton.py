@@ -8,7 +8,8 @@ from test_masked_linear import NAMES, Case, apply, check
 
 from modmask_kernels import _native, ops
 from modmask_kernels.ops import _gpu, estimators
-from modmask_kernels.ops.masked_linear import gpu, product
+from modmask_kernels.ops.masked_linear import gpu, product, triton
+from modmask_kernels.ops.sample_mask import triton as sample_mask
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 SMALL = Case(rows=3, inputs=37, outputs=19)
@@ -148,3 +149,20 @@ def test_what_is_not_served(monkeypatch):
     # the reference serves then
     y = gpu.forward(*operands, *draw, *plain, [1, 1])
     assert torch.equal(y, product.reference(*operands, *draw, *plain, [1, 1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"antithetic": True, "sample_offset": 3}], ids=str)
+def test_gradients_pack_the_masks(options):
+    """The bits that dx reads are those of the kernel that packs alone."""
+    case = replace(SMALL, inputs=64, options=options)
+    t = case.tensors()
+    given = (t["x"], t["weight"], t["logits"], None, None, case.draw()["seed"])
+    drawn = estimators.arguments("gumbel_sigmoid", options.get("antithetic", False))
+    draw = (0, 1, options.get("sample_offset", 0), 0, case.samples, 1.0, True, *drawn, [])
+    masks = gpu.masks_of(given[2], None, given[5], 2, draw)
+    dy = torch.randn(t["x"].shape[0], t["weight"].shape[0])
+    assert triton.packs(t["x"], t["weight"], masks, False, True)
+    words = sample_mask.empty_words(masks)
+    triton.gradients(dy, t["x"], t["weight"], masks, words=words)
+    used = t["weight"].numel() // 32
+    assert torch.equal(words[..., :used], sample_mask.pack(masks)[..., :used])
