@@ -129,7 +129,7 @@ def test_resources_and_instructions(case, compiled):
     if not odd and not gathered and kernel != "bias_gradients":
         wide = "dwordx4" if target == aot.AMD else r"ld\.global\.v4|ld\.global\..*v4|cp\.async\.cg"
         assert re.search(wide, text)
-    if target != aot.AMD and not ieee and kernel != "gradients":  # which fuse where they sum
+    if target != aot.AMD and not ieee:
         # the decision is made of separately rounded products and sums
         assert not re.search(r"\bfma\.rn\S*\.f32", text)
 

@@ -386,7 +386,7 @@ def weight_gradients(
                     QUADS,
                     ANTITHETIC,
                 )
-                dlogits = tl.fma(product, slope, dlogits)
+                dlogits += product * slope
                 if PACK:
                     w = tl.arange(0, N // 32)[None, :]
                     to = words_ptr + (set_ * per_set + j) * words_stride.to(tl.int64)
@@ -417,7 +417,7 @@ def weight_gradients(
                     UNIT_TAU,
                 )
                 if NEED_LOGITS:
-                    dlogits = tl.fma(product, slope, dlogits)
+                    dlogits += product * slope
                 if NEED_WEIGHT:
                     dweight += tl.where(kept, product, 0.0) if HARD else product * value
         if NEED_LOGITS:
@@ -649,8 +649,8 @@ def gradients(
     dlogits = masks.logits.new_empty((masks.sets, outputs, inputs)) if need_logits else None
     if not weight.numel():
         return dweight, dlogits
+    large = masks.quads(inputs) and not need_weight and has_large_tiles(x)
     if config is None:
-        large = masks.quads(inputs) and not need_weight and has_large_tiles(x)
         config = gradients_config(x.dtype, rows, large, tf32)
     tiles = triton.cdiv(outputs, config.m) * triton.cdiv(inputs, config.n)
     weight_gradients[(tiles, 1 if need_weight else masks.sets)](
@@ -677,7 +677,7 @@ def gradients(
         UPCAST=upcast(x.dtype),
         PRECISION=precision(x.dtype, tf32),
         TOGETHER=8,
-        **config.launch(has_large_tiles(x)),
+        **config.launch(large),
     )
     return dweight, dlogits
 
