@@ -243,7 +243,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], dtype: str) -> Table:
         note="Floors: the ratio of the times that no kernel can go below, with every ceiling fully "
         f"used; the prediction uses {_gpu.SHARE:.0%} of them, adds to the longer of products and "
         "instructions for masks the shorter, half of it where two programs fit a processor, and "
-        f" {1e6 * _gpu.LAUNCH:.0f} us per kernel, masked and plain alike. Naive and "
+        f"{1e6 * _gpu.LAUNCH:.0f} us per kernel, masked and plain alike. Naive and "
         "compiled naive: the plain products and the weight-sized traffic of their masks. Words: "
         "weight-sized traffic of a step in 4 bytes per weight.",
     )

@@ -39,23 +39,31 @@ ROUND_TO_INTEGER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _philox(quad, sample, tensor_id, key):
-    """`tl.philox` by products of 64 bits, one instruction where their halves are two."""
+def _philox(quad, sample, tensor_id, key, WIDE: tl.constexpr):
+    """Four words of noise.
+
+    WIDE: by products of 64 bits, one instruction where their halves are two. Beside logits of
+    another layout the compiler then draws exp as often as that layout repeats them, so that it is
+    for kernels which have one layout only.
+    """
     c0 = quad.to(tl.uint32)
     c1 = sample.to(tl.uint32)
     c2 = tensor_id.to(tl.uint32)
     c3 = (quad >> 32).to(tl.uint32)
-    k0 = key.to(tl.uint64).to(tl.uint32)
-    k1 = (key.to(tl.uint64) >> 32).to(tl.uint32)
-    for _ in tl.static_range(PHILOX_ROUNDS):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = p1.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = p0.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    if WIDE:
+        k0 = key.to(tl.uint64).to(tl.uint32)
+        k1 = (key.to(tl.uint64) >> 32).to(tl.uint32)
+        for _ in tl.static_range(PHILOX_ROUNDS):
+            p0 = c0.to(tl.uint64) * 0xD2511F53
+            p1 = c2.to(tl.uint64) * 0xCD9E8D57
+            c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+            c1 = p1.to(tl.uint32)
+            c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+            c3 = p0.to(tl.uint32)
+            k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+            k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    else:
+        c0, c1, c2, c3 = tl.philox(key, c0, c1, c2, c3, PHILOX_ROUNDS)
     return c0, c1, c2, c3
 
 
@@ -69,6 +77,7 @@ def noise_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUADS: tl.constexpr,
+    WIDE: tl.constexpr = False,
 ):
     """The noise words of a tile, uint32, one Philox for every four.
 
@@ -78,12 +87,12 @@ def noise_tile(
     four = tl.arange(0, COLUMNS // 4)[None, :]
     if QUADS:
         quad = (first >> 2) + (row * (stride // 4) + four)
-        w0, w1, w2, w3 = _philox(quad, sample, tensor_id, key)
+        w0, w1, w2, w3 = _philox(quad, sample, tensor_id, key, WIDE)
     else:
         start = first + row * stride
         quad = (start >> 2) + four
-        w0, w1, w2, w3 = _philox(quad, sample, tensor_id, key)
-        w4, w5, w6, _ = _philox(quad + 1, sample, tensor_id, key)
+        w0, w1, w2, w3 = _philox(quad, sample, tensor_id, key, WIDE)
+        w4, w5, w6, _ = _philox(quad + 1, sample, tensor_id, key, WIDE)
         two = (start & 2) != 0
         w0 = tl.where(two, w2, w0)
         w1 = tl.where(two, w3, w1)
@@ -161,7 +170,7 @@ def number_of(sample, ANTITHETIC: tl.constexpr):
 @triton.jit
 def noise_at(element, sample, tensor_id, key):
     """The noise words of elements wherever they are, uint32, a Philox for each."""
-    w0, w1, w2, w3 = _philox(element >> 2, sample, tensor_id, key)
+    w0, w1, w2, w3 = _philox(element >> 2, sample, tensor_id, key, False)
     two = (element & 2) != 0
     one = (element & 1) != 0
     return tl.where(two, tl.where(one, w3, w2), tl.where(one, w1, w0))
@@ -234,13 +243,13 @@ def draw_tile(
     ESTIMATOR: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     UNIT_TAU: tl.constexpr,
+    WIDE: tl.constexpr = False,
 ):
     """`draw` of a tile of logits that lie as in their parameter."""
     words = logits
     if NOISE:
-        words = noise_tile(
-            first, stride, number_of(sample, ANTITHETIC), tensor_id, key, ROWS, COLUMNS, QUADS
-        )
+        number = number_of(sample, ANTITHETIC)
+        words = noise_tile(first, stride, number, tensor_id, key, ROWS, COLUMNS, QUADS, WIDE)
     return draw(
         logits, words, sample, tau, low, high, least, most, NOISE, ESTIMATOR, ANTITHETIC, UNIT_TAU
     )
@@ -263,10 +272,8 @@ def slope_tile(
 
     e: `exp_minus` of the logits, the same for all samples.
     """
-    number = sample
-    if ANTITHETIC:
-        number = sample >> 1
-    words = noise_tile(first, stride, number, tensor_id, key, ROWS, COLUMNS, QUADS)
+    number = number_of(sample, ANTITHETIC)
+    words = noise_tile(first, stride, number, tensor_id, key, ROWS, COLUMNS, QUADS, True)
     if ANTITHETIC:
         words = words ^ (0 - (sample & 1)).to(tl.uint32)
     u = uniform(words)

@@ -69,6 +69,7 @@ def pack_masks(
             ESTIMATOR,
             ANTITHETIC,
             True,
+            True,
         )
         word = tl.sum(tl.where(kept & inside, powers, 0), axis=1)
         tl.store(words + j * sample_stride, word.to(tl.int32, bitcast=True))
