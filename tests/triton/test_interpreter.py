@@ -18,6 +18,8 @@ def run(file):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MODMASK_")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
+        # not in the root, whose package would hide the installed one with its compiled kernels
+        cwd=file.parent,
         env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ from guards import within_walls
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "ops"))
 
+from modmask_kernels import _native
 from modmask_kernels.ops._triton import Config
 from modmask_kernels.ops.masked_conv import gpu as conv_gpu
 from modmask_kernels.ops.masked_conv import triton as conv
@@ -24,6 +25,7 @@ def small_tiles():
 @pytest.fixture(scope="session")
 def on_triton():
     """The operations on CPU tensors go through the Triton kernels, all tensors between walls."""
+    assert _native.enabled(), "without the compiled kernels the reference would be tested"
     library = torch.library.Library("modmask", "IMPL")
     for name, function in (
         ("masked_linear", gpu.forward),
