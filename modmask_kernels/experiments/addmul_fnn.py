@@ -12,7 +12,7 @@ import dataclasses
 
 from ..report import Table, format_statistic
 from .addmul import AddMulReport, AddMulStudy
-from .arithmetic import FeedForwardSettings, FeedForwardStudy
+from .arithmetic import CALIBRATED, FeedForwardSettings, FeedForwardStudy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,16 +21,7 @@ class AddMulSettings(FeedForwardSettings):
 
 
 PAPER = AddMulSettings()
-# the calibrated small setting: raised mask learning rate and penalty make up for the few steps
-QUICK = AddMulSettings(
-    digits=1,
-    size="tiny",
-    steps=1500,
-    mask_steps=3000,
-    mask_lr=0.05,
-    penalty=5e-3,
-    stability=True,
-)
+QUICK = AddMulSettings(size="tiny", **CALIBRATED)
 SMOKE = QUICK.replace(size="mini", steps=300, mask_steps=60, stability=False, checkpoint_every=25)
 PRESETS = {"paper": PAPER, "quick": QUICK, "smoke": SMOKE}
 

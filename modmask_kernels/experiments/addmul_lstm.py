@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .addmul import AddMulStudy
-from .arithmetic import RecurrentSettings, RecurrentStudy
+from .arithmetic import CALIBRATED, RecurrentSettings, RecurrentStudy
 from .training import derive_seed
 
 # steps that show the question; the answer is read at the last one
@@ -21,16 +21,7 @@ class AddMulLSTMSettings(RecurrentSettings):
 
 
 PAPER = AddMulLSTMSettings()
-QUICK = AddMulLSTMSettings(
-    digits=1,
-    state=64,
-    layers=1,
-    steps=1500,
-    mask_steps=3000,
-    mask_lr=0.05,
-    penalty=5e-3,
-    stability=True,
-)
+QUICK = AddMulLSTMSettings(state=64, layers=1, **CALIBRATED)
 SMOKE = QUICK.replace(state=16, steps=200, mask_steps=40, stability=False, checkpoint_every=25)
 PRESETS = {"paper": PAPER, "quick": QUICK, "smoke": SMOKE}
 

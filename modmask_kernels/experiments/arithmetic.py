@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,15 @@ SIZES: dict[str, tuple[int, ...]] = {
 }
 # rows evaluated at once
 CHUNK = 10_000
+# the calibrated small setting: raised mask learning rate and penalty make up for the few steps
+CALIBRATED: dict[str, Any] = {
+    "digits": 1,
+    "steps": 1500,
+    "mask_steps": 3000,
+    "mask_lr": 0.05,
+    "penalty": 5e-3,
+    "stability": True,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +96,13 @@ R = TypeVar("R", bound=RecurrentSettings)
 class ArithmeticStudy(Study[A]):
     """A study whose task says how many values go in and out."""
 
+    @abstractmethod
     def features(self, settings: A) -> tuple[int, int]:
         """Sizes of an input and of an output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network_words(self, settings: A) -> str:
         """The network in the words of a report."""
-        raise NotImplementedError
 
 
 class FeedForwardStudy(ArithmeticStudy[F]):
@@ -125,9 +135,9 @@ class FeedForwardStudy(ArithmeticStudy[F]):
 class RecurrentStudy(ArithmeticStudy[R]):
     """A study of an LSTM."""
 
+    @abstractmethod
     def steps(self, settings: R) -> tuple[int, Sequence[int]]:
         """How long every input vector is shown, and the steps at which the output is read."""
-        raise NotImplementedError
 
     def network(self, settings: R, generator: torch.Generator) -> Recurrent:
         """LSTM layers and a linear output layer."""

@@ -11,7 +11,7 @@ from torch import nn
 from ..models import FeedForward
 from ..report import Finding, Table, format_statistic
 from ..tasks import PAIRS, AddPairsApart
-from .arithmetic import CHUNK, FeedForwardSettings, FeedForwardStudy
+from .arithmetic import CALIBRATED, CHUNK, FeedForwardSettings, FeedForwardStudy
 from .pair import SETS, PairReport, PairSettings, PairStudy
 from .settings import option
 from .study import CONTROL, Loss
@@ -34,16 +34,7 @@ class PairFNNSettings(PairSettings, FeedForwardSettings):
 
 
 PAPER = PairFNNSettings()
-# the calibrated small setting
-QUICK = PairFNNSettings(
-    digits=1,
-    size="tiny",
-    steps=1500,
-    mask_steps=3000,
-    mask_lr=0.05,
-    penalty=5e-3,
-    stability=True,
-)
+QUICK = PairFNNSettings(size="tiny", **CALIBRATED)
 SMOKE = QUICK.replace(size="mini", steps=200, mask_steps=40, stability=False, checkpoint_every=25)
 PRESETS = {"paper": PAPER, "quick": QUICK, "smoke": SMOKE}
 

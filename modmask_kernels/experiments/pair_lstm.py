@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..tasks import IO_MODES, PAIRS, AddPairsInTime
-from .arithmetic import CHUNK, RecurrentSettings, RecurrentStudy
+from .arithmetic import CALIBRATED, CHUNK, RecurrentSettings, RecurrentStudy
 from .pair import SETS, PairReport, PairSettings, PairStudy
 from .settings import option
 from .study import Loss
@@ -41,16 +41,7 @@ class PairLSTMSettings(PairSettings, RecurrentSettings):
 
 
 PAPER = PairLSTMSettings()
-QUICK = PairLSTMSettings(
-    digits=1,
-    state=64,
-    layers=1,
-    steps=1500,
-    mask_steps=3000,
-    mask_lr=0.05,
-    penalty=5e-3,
-    stability=True,
-)
+QUICK = PairLSTMSettings(state=64, layers=1, **CALIBRATED)
 SMOKE = QUICK.replace(state=16, steps=120, mask_steps=24, stability=False, checkpoint_every=25)
 PRESETS = {"paper": PAPER, "quick": QUICK, "smoke": SMOKE}
 

@@ -164,11 +164,9 @@ class Study(Experiment[T]):
         return self.functions
 
     @property
+    @abstractmethod
     def report_type(self) -> type[StudyReport]:
         """The report of a finished run."""
-        from .study_report import StudyReport
-
-        return StudyReport
 
     def facts(self, settings: T) -> dict[str, Any]:
         """Numbers of the task alone that the report needs."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-class StudyReport:
+class StudyReport(ABC):
     """The summary of a run with the questions that a report asks it.
 
     An experiment overrides or adds findings, figures and tables: `own_findings`,
@@ -451,9 +452,9 @@ class StudyReport:
         ]
         return limits
 
+    @abstractmethod
     def accuracy_limit(self) -> str:
         """What the accuracies are taken over."""
-        raise NotImplementedError
 
     # settings that do not bear on the result
     neutral: tuple[str, ...] = ("checkpoint_every", "device", "learning", "stability")
@@ -494,9 +495,9 @@ class StudyReport:
             note=f"{self.accuracy_note()} {note}".strip(),
         )
 
+    @abstractmethod
     def accuracy_over(self) -> str:
         """What an accuracy counts: "over all argument pairs"."""
-        raise NotImplementedError
 
     def accuracy_note(self) -> str:
         """What an accuracy without knowledge would be."""
@@ -1068,9 +1069,9 @@ class StudyReport:
             f"{s.mask_steps:,} steps per mask."
         )
 
+    @abstractmethod
     def task_text(self) -> str:
         """Data and network in half a sentence."""
-        raise NotImplementedError
 
     def settings_table(self) -> Table:
         """All settings with their meaning."""

@@ -226,7 +226,7 @@ def predict_few_rows(p: Product, device: Device) -> dict[str, float]:
         return max(traffic / device.bandwidth, instructions / device.lanes) / SHARE + LAUNCH
 
     of_reads = reads * weights * FEW_WEIGHT + products
-    pack = seconds(logits + bits, PACK * groups * weights)
+    pack = seconds(logits + bits, (PACK * groups + PACK_ONCE * p.sets) * weights)
     unpacked = of_reads + tiles * weights * FEW_UNPACK
     drawn = of_reads + tiles * weights * FEW_DRAW
     # one launch more adds the parts up
