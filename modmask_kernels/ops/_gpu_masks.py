@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _library, estimators
+from .sample_mask import sample_mask
 
 _library.define_on_cuda(
     "mask_words_cuda(Tensor logits, Tensor? seed, int[] shape, int samples, int tensor_id, "
@@ -122,3 +124,93 @@ def mask_words(masks: Masks, shape: torch.Size, n_of_m: list[int]) -> Tensor:
         n_of_m,
     )
     return words
+
+
+# estimators without soft masks
+DECIDED = ("threshold", "top_k")
+
+
+def masks_of(
+    logits: Tensor,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    dims: int,
+    draw: tuple[Any, ...],
+) -> Masks:
+    """The masks of a weight of `dims` in the words of the kernels; `draw` from `tensor_id` on."""
+    masks = Masks(
+        contiguous_sets(logits, dims),
+        None if bias_logits is None else contiguous_sets(bias_logits, 1),
+        seed,
+        *draw[:-1],
+    )
+    decided = estimators.NAMES[masks.code] in DECIDED
+    return masks._replace(hard=True) if decided else masks
+
+
+def packed_only(weight: Tensor, logits: Tensor, draw: tuple[Any, ...]) -> str | None:
+    """What of these masks only the CUDA library draws, as bits, or None."""
+    *_, code, _, _, _, _, n_of_m = draw
+    if n_of_m:
+        return "n_of_m"
+    if estimators.NAMES[code] == "top_k":
+        return "the estimator top_k"
+    if logits.shape[-weight.dim() :] != weight.shape:
+        return "logits smaller than the weight"
+    return None
+
+
+def decided_bias(masks: Masks) -> Masks:
+    """Masks of a bias by top_k as those of a threshold, which Triton knows: logits 1 and -1."""
+    if estimators.NAMES[masks.code] != "top_k":
+        return masks
+    logits = masks.bias_logits
+    if logits is not None:
+        rule = estimators.of_arguments(masks.code, masks.low, masks.high, masks.clamp)
+        kept = [sample_mask(row, seed=None, estimator=rule) for row in logits]
+        logits = 2.0 * torch.cat(kept) - 1.0
+    return masks._replace(bias_logits=logits, code=_THRESHOLD, low=0.0, high=0.0)
+
+
+_THRESHOLD = estimators.NAMES.index("threshold")
+
+
+def block_gradients(
+    masks: Masks, weight: Tensor, of_group: Callable[[int, Masks], Tensor]
+) -> Tensor:
+    """The gradient of logits that are fewer than the weights, group by group.
+
+    Without a tensor of more than one weight: the gradient of a mask, times the weight, is summed by
+    blocks before the next group begins.
+
+    Args:
+        of_group: dlogits of a group, were every logit of the weight kept with a slope of 1, as the
+            masks say that it is given; it may not look at their logits.
+    """
+    small = masks.logits.shape[1:]
+    blocks = [part for n, size in zip(small, weight.shape, strict=True) for part in (n, size // n)]
+    plain = masks._replace(
+        logits=weight.new_empty((1, *weight.shape), dtype=torch.float32),
+        bias_logits=None,
+        seed=None,
+        element_offset=0,
+        code=_THRESHOLD,
+    )
+    seeds = masks.seed
+    if seeds is not None:
+        seeds = seeds.expand(masks.sets) if seeds.dim() == 0 else seeds
+        seeds = seeds.reshape(masks.sets, -1)
+    dlogits = masks.logits.new_zeros(masks.logits.shape)
+    for g in range(masks.sets * masks.per_set):
+        of_mask = of_group(g, plain).view(blocks).sum(tuple(range(1, len(blocks), 2)))
+        set_, j = divmod(g, masks.per_set)
+        draw, sample = divmod(j, masks.samples)
+        of_set: Tensor = torch.ops.modmask.sample_mask_backward(
+            of_mask.unsqueeze(0),
+            masks.logits[set_],
+            None if seeds is None else seeds[set_, draw],
+            *(1, masks.tau, masks.tensor_id, masks.sample_offset + sample, masks.element_offset),
+            *(masks.code, masks.low, masks.high, masks.clamp, masks.antithetic, []),
+        )
+        dlogits[set_] += of_set
+    return dlogits

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .. import _gpu, estimators
 from .._convolution import shape_of_result
+from .._gpu_masks import masks_of
 from ..estimators import Estimator
 from ..masked_linear import gpu as linear
-from ..masked_linear.gpu import MOST_COLUMNS, bias_gradients, gradients_of, masks_of
+from ..masked_linear.gpu import MOST_COLUMNS, bias_gradients, gradients_of
 
 if TYPE_CHECKING:
     from .._triton import Masks

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from ... import _native
 from .. import _gpu, estimators
-from .._gpu_masks import Masks, contiguous_sets, mask_words
+from .._gpu_masks import (
+    DECIDED,
+    Masks,
+    block_gradients,
+    decided_bias,
+    mask_words,
+    masks_of,
+    packed_only,
+)
 from ..estimators import Estimator
-from ..sample_mask import sample_mask
 from . import cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,20 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_COLUMNS = 2**23
 # blocks along a dimension of a launch
 MOST_BLOCKS = 2**16 - 1
-# estimators without soft masks
-_DECIDED = ("threshold", "top_k")
-
-
-def _special(weight: Tensor, logits: Tensor, draw: tuple[Any, ...]) -> str | None:
-    """What of these masks only the CUDA library draws, as bits, or None."""
-    *_, code, _, _, _, _, n_of_m = draw
-    if n_of_m:
-        return "n_of_m"
-    if estimators.NAMES[code] == "top_k":
-        return "the estimator top_k"
-    if logits.shape[-weight.dim() :] != weight.shape:
-        return "logits smaller than the weight"
-    return None
 
 
 def unserved_by_triton(
@@ -50,7 +43,7 @@ def unserved_by_triton(
         return _gpu.absent()
     if dtype not in DTYPES:
         return f"no fused kernel for {dtype}"
-    special = _special(weight, logits, draw)
+    special = packed_only(weight, logits, draw)
     if special is not None:
         return f"no GPU kernel for {special}"
     if max(weight.shape) > MOST_COLUMNS:
@@ -74,10 +67,10 @@ def refusals(
     elif not _native.cuda_loaded():
         no_cuda = "the CUDA kernels are absent or ruled out"
     elif logits.shape[-weight.dim() :] != weight.shape and not (
-        hard or estimators.NAMES[code] in _DECIDED
+        hard or estimators.NAMES[code] in DECIDED
     ):
         no_cuda = no_triton = "no GPU kernel for soft masks of logits smaller than the weight"
-    elif _special(weight, logits, draw) and max(weight.shape) <= MOST_COLUMNS:
+    elif packed_only(weight, logits, draw) and max(weight.shape) <= MOST_COLUMNS:
         no_triton = _gpu.absent()
     return {"cuda": no_cuda, "triton": no_triton}
 
@@ -96,24 +89,6 @@ def unserved(
     if None in found.values():
         return None
     return found["triton"] if _native.FORCED_BACKEND != "cuda" else found["cuda"]
-
-
-def masks_of(
-    logits: Tensor,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    dims: int,
-    draw: tuple[Any, ...],
-) -> Masks:
-    """The masks in the words of the kernels; `draw` from `tensor_id` on."""
-    masks = Masks(
-        contiguous_sets(logits, dims),
-        None if bias_logits is None else contiguous_sets(bias_logits, 1),
-        seed,
-        *draw[:-1],
-    )
-    decided = estimators.NAMES[masks.code] in _DECIDED
-    return masks._replace(hard=True) if decided else masks
 
 
 def sizes(
@@ -191,7 +166,7 @@ def _here(
 ) -> _gpu.Way | None:
     """What computes a product of these tensors on their device; None: the reference."""
     found = refusals(x.dtype, weight, logits, draw)
-    special = _special(weight, logits, draw) is not None
+    special = packed_only(weight, logits, draw) is not None
     if found["cuda"] is None and not runs_on(x.device):
         found["cuda"] = "not on this device"
         found["triton"] = "not on this device" if special else found["triton"]
@@ -225,7 +200,7 @@ def explain(
         return "reference", str(unserved(weight, weight, logits, None, None, None, *draw))
     seed = logits.new_empty(0) if estimator.draws else None  # it is not read
     masks = masks_of(logits, None, seed, weight.dim(), draw)
-    special = _special(weight, logits, draw) is not None
+    special = packed_only(weight, logits, draw) is not None
     device = device or _gpu.device_of(weight.device.index or 0)
 
     def way(rows: int) -> _gpu.Way:
@@ -253,19 +228,6 @@ def explain(
     return parts[-1][0].kind, "; ".join([*told, why, *absent])
 
 
-def _decided_bias(masks: Masks) -> Masks:
-    """Masks of a bias by top_k as those of a threshold, which Triton knows: logits 1 and -1."""
-    if estimators.NAMES[masks.code] != "top_k":
-        return masks
-    logits = masks.bias_logits
-    if logits is not None:
-        rule = estimators.of_arguments(masks.code, masks.low, masks.high, masks.clamp)
-        kept = [sample_mask(row, seed=None, estimator=rule) for row in logits]
-        logits = 2.0 * torch.cat(kept) - 1.0
-    code = estimators.NAMES.index("threshold")
-    return masks._replace(bias_logits=logits, code=code, low=0.0, high=0.0)
-
-
 def _product(
     way: _gpu.Way,
     a: Tensor,
@@ -286,52 +248,11 @@ def _product(
 
         words = triton.pack(masks)
     if way.kind == "triton":
-        masks = _decided_bias(masks)
+        masks = decided_bias(masks)
     y: Tensor = _kernels(way.kind).product(
         a, weight, masks, bias, words, backward=backward, tf32=tf32(a)
     )
     return y
-
-
-def _block_gradients(way: _gpu.Way, dy: Tensor, x: Tensor, weight: Tensor, masks: Masks) -> Tensor:
-    """The gradient of logits that are fewer than the weights, group by group.
-
-    Without a tensor of more than one weight: the gradient of a mask, times the weight, is summed by
-    blocks before the next group begins.
-    """
-    small = masks.logits.shape[1:]
-    blocks = [part for n, size in zip(small, weight.shape, strict=True) for part in (n, size // n)]
-    groups = masks.sets * masks.per_set
-    rows = x.shape[0] // groups
-    # the slope of a threshold is 1, and its logits are not looked at
-    plain = masks._replace(
-        logits=weight.new_empty((1, *weight.shape), dtype=torch.float32),
-        bias_logits=None,
-        seed=None,
-        element_offset=0,
-        code=estimators.NAMES.index("threshold"),
-    )
-    seeds = masks.seed
-    if seeds is not None:
-        seeds = seeds.expand(masks.sets) if seeds.dim() == 0 else seeds
-        seeds = seeds.reshape(masks.sets, -1)
-    dlogits = masks.logits.new_zeros(masks.logits.shape)
-    for g in range(groups):
-        part = slice(g * rows, (g + 1) * rows)
-        _, d = _kernels(way.kind).gradients(dy[part], x[part], weight, plain, tf32=tf32(x))
-        assert d is not None
-        set_, j = divmod(g, masks.per_set)
-        draw, sample = divmod(j, masks.samples)
-        of_mask = d.view(blocks).sum((1, 3))
-        of_set: Tensor = torch.ops.modmask.sample_mask_backward(
-            of_mask.unsqueeze(0),
-            masks.logits[set_],
-            None if seeds is None else seeds[set_, draw],
-            *(1, masks.tau, masks.tensor_id, masks.sample_offset + sample, masks.element_offset),
-            *(masks.code, masks.low, masks.high, masks.clamp, masks.antithetic, []),
-        )
-        dlogits[set_] += of_set
-    return dlogits
 
 
 def _gradients(
@@ -353,7 +274,15 @@ def _gradients(
     dweight = dlogits = None
     coarse = masks.logits.shape[1:] != weight.shape
     if need_logits and coarse:
-        dlogits = _block_gradients(way, dy, x, weight, masks)
+        rows = x.shape[0] // (masks.sets * masks.per_set)
+
+        def of_group(g: int, plain: Masks) -> Tensor:
+            part = slice(g * rows, (g + 1) * rows)
+            _, d = _kernels(way.kind).gradients(dy[part], x[part], weight, plain, tf32=tf32(x))
+            assert isinstance(d, Tensor)
+            return d
+
+        dlogits = block_gradients(masks, weight, of_group)
         need_logits = False
     if need_weight and (special or way.kind == "cuda"):
         words = mask_words(masks, weight.shape, n_of_m) if special else None
@@ -367,7 +296,7 @@ def _gradients(
         need_weight = False
     if need_weight or need_logits:
         # of masks by top_k only the slope is asked for, that of a threshold
-        decided = _decided_bias(masks._replace(bias_logits=None))
+        decided = decided_bias(masks._replace(bias_logits=None))
         found = _kernels(way.kind).gradients(
             dy,
             x,
@@ -411,7 +340,7 @@ def forward(
     way = _here(x, weight, logits, masks, draw)
     if way is None:
         return product.reference(x, weight, logits, bias, bias_logits, seed, *draw)
-    special = _special(weight, logits, draw) is not None
+    special = packed_only(weight, logits, draw) is not None
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         rows = x.flatten(0, -2).contiguous()
         y = _product(way, rows, weight.contiguous(), masks, bias, list(draw[-1]), special, False)
@@ -428,7 +357,7 @@ def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     way = _here(x, weight, logits, masks, draw)
     if way is None:
         return product.backward_reference(dy, *arguments)
-    special, n_of_m = _special(weight, logits, draw) is not None, list(draw[-1])
+    special, n_of_m = packed_only(weight, logits, draw) is not None, list(draw[-1])
     need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
     dx = dweight = dlogits = dbias = dbias_logits = None
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -499,5 +428,5 @@ def bias_gradients(
     if kernel is None:
         kernel = _kernels("triton").masked_bias_gradients
     if kernel is not cuda.masked_bias_gradients:
-        masks = _decided_bias(masks)
+        masks = decided_bias(masks)
     return kernel(sums, bias, masks, need_bias=need_bias, need_logits=need_logits)

@@ -5,7 +5,7 @@ import torch
 from test_masked_conv import apply, check, random_like, tensors_of
 
 from modmask_kernels import ops
-from modmask_kernels.ops import _gpu, estimators
+from modmask_kernels.ops import _gpu, _gpu_masks, estimators
 from modmask_kernels.ops.masked_conv import gpu, triton
 
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -188,7 +188,9 @@ def test_the_gradient_of_x_takes_bits():
 def fake_masks():
     logits = torch.empty(1, 1, 8, 3, 3)
     plain = estimators.arguments("gumbel_sigmoid", False)
-    return gpu.masks_of(logits, None, torch.tensor(0), 4, (0, 1, 0, 0, 1, 1.0, True, *plain, None))
+    return _gpu_masks.masks_of(
+        logits, None, torch.tensor(0), 4, (0, 1, 0, 0, 1, 1.0, True, *plain, None)
+    )
 
 
 def test_what_is_not_served():

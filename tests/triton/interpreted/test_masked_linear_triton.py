@@ -7,7 +7,7 @@ import torch
 from test_masked_linear import NAMES, Case, apply, check
 
 from modmask_kernels import _native, ops
-from modmask_kernels.ops import _gpu, estimators
+from modmask_kernels.ops import _gpu, _gpu_masks, estimators
 from modmask_kernels.ops.masked_linear import gpu, product, triton
 from modmask_kernels.ops.sample_mask import triton as sample_mask
 
@@ -159,7 +159,7 @@ def test_gradients_pack_the_masks(options):
     given = (t["x"], t["weight"], t["logits"], None, None, case.draw()["seed"])
     drawn = estimators.arguments("gumbel_sigmoid", options.get("antithetic", False))
     draw = (0, 1, options.get("sample_offset", 0), 0, case.samples, 1.0, True, *drawn, [])
-    masks = gpu.masks_of(given[2], None, given[5], 2, draw)
+    masks = _gpu_masks.masks_of(given[2], None, given[5], 2, draw)
     dy = torch.randn(t["x"].shape[0], t["weight"].shape[0])
     assert triton.packs(t["x"], t["weight"], masks, False, True)
     words = sample_mask.empty_words(masks)
