@@ -8,6 +8,9 @@ from .nn import (
     MaskedAny,
     MaskedConv1d,
     MaskedConv2d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedHuggingFaceConv1D,
     MaskedLinear,
     MaskedModule,
     MaskedMultiheadAttention,
@@ -19,6 +22,9 @@ from .ops._blocks import scaled_side
 from .ops.masked_conv import gpu as conv_gpu
 from .ops.masked_linear import explain as explain_product
 from .ops.masked_linear import gpu
+
+_LINEAR = (MaskedLinear, MaskedMultiheadAttention, MaskedHuggingFaceConv1D)
+_CONVOLUTIONS = (MaskedConv1d, MaskedConv2d, MaskedConvTranspose1d, MaskedConvTranspose2d)
 
 
 def explain(subject: nn.Module | Tensor) -> str:
@@ -61,15 +67,17 @@ def _explain_layer(module: MaskedModule) -> tuple[str, str]:
     parameter, logits = module.get_parameter(name), module.logits_of(name)
     backend, reason = explain_product(parameter)
     of = (parameter, logits, module.samples, module.estimator, module.n_of_m(name))
-    if parameter.is_cuda and isinstance(module, (MaskedLinear, MaskedMultiheadAttention)):
+    if parameter.is_cuda and isinstance(module, _CONVOLUTIONS):
+        backend, reason = conv_gpu.explain(*of, transposed=isinstance(module, InsOuts))
+    elif parameter.is_cuda and isinstance(module, _LINEAR):
         backend, reason = gpu.explain(*of)
-    elif parameter.is_cuda and isinstance(module, (MaskedConv1d, MaskedConv2d)):
-        backend, reason = conv_gpu.explain(*of)
     if logits.shape[1:] == parameter.shape:
         return backend, reason
     if isinstance(module, InsOuts):
         weight = parameter.transpose(0, 1)
         if scaled_side(weight, weight, logits.transpose(1, 2)) is None:
+            if parameter.is_cuda:
+                return backend, reason
             return "reference", "no fused kernel for blocks of a weight [in, out]"
         return backend, "a plain product, scaled by the masks"
     if scaled_side(parameter, parameter, logits) is not None:

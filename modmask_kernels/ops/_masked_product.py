@@ -145,9 +145,13 @@ class MaskedProduct:
         x = arguments[0]
         if uses_kernel(x):
             return None
-        if x.is_cuda and self._unserved_on_gpu is not None:
-            return self._unserved_on_gpu(*arguments)
-        return explain(x)[1]
+        return self.unserved_on_gpu(*arguments) if x.is_cuda else explain(x)[1]
+
+    def unserved_on_gpu(self, *arguments: Any) -> str | None:
+        """`unserved` of CUDA tensors, whatever device these are on."""
+        if self._unserved_on_gpu is None:
+            return f"no GPU kernel for {self.name}"
+        return self._unserved_on_gpu(*arguments)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """The operation, by the quickest way that serves the first argument, x."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _native
 from . import _library
 from ._batching import masks_per_set
-from ._masked_product import MaskedProduct
+from ._masked_product import MaskedProduct, uses_kernel
 from .masked_linear import product as linear
 
 _SAMPLES = 4  # position of `samples` among the arguments that say which masks are drawn
@@ -51,11 +51,41 @@ class TransposedProduct(MaskedProduct):
         self._bias_backward = getattr(torch.ops.modmask, f"{linear.name}_backward").default
         self._options_count = options_count
         self._channels_last = channels_last
+        self._unserved_plain = plain.unserved_on_gpu
+        self.on_gpu(self._unserved, self._forward_kernel, self._backward_kernel)
         if _native.available():
             _library.LIBRARY.impl(name, self._forward_kernel, "CPU")  # type: ignore[no-untyped-call]
             _library.LIBRARY.impl(  # type: ignore[no-untyped-call]
                 f"{name}_backward", self._backward_kernel, "CPU"
             )
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """As `MaskedProduct`; the compiled CPU kernels know no blocks of a weight [in, out]."""
+        x, weight, logits = arguments[:3]
+        if uses_kernel(x) and logits.shape[-weight.dim() :] != weight.shape:
+            y: Tensor = self.reference(*arguments)
+            return y
+        return super().__call__(*arguments)
+
+    def _unserved(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        bias_logits: Tensor | None,
+        seed: Tensor | None,
+        *rest: Any,
+    ) -> str | None:
+        """Why the GPU kernels of the plain products do not serve, or None."""
+        shape = self._shape(x, weight, logits, None, None, None, *rest)
+        like = torch.empty(shape, dtype=x.dtype, device="meta")
+        reason = self._unserved_plain(like, weight, logits, None, None, seed, *rest)
+        if reason is None and bias is not None:
+            nothing = self._without_input(bias, weight, logits, seed, rest)
+            draw = rest[self._options_count :]
+            reason = linear.unserved_on_gpu(*nothing, bias, bias_logits, seed, *draw)
+        return reason
 
     def _by_group(self, y: Tensor, groups: int) -> tuple[Tensor, int]:
         """A view of a contiguous y with the groups first, and its dimension of the outputs."""

@@ -175,15 +175,30 @@ def test_one_kind_serves_alone():
 
 
 @pytest.mark.skipif(_gpu.TRITON_ERROR is not None, reason="Triton is not installed")
-def test_explain_a_convolution():
+def test_explain_a_convolution(with_cuda):
     from modmask_kernels.ops import estimators
     from modmask_kernels.ops.masked_conv import gpu
 
+    def explain(weight, small=False, rule=None, **options):
+        logits = torch.empty(1, *(weight[:, ::2] if small else weight).shape)
+        rule = rule or estimators.gumbel_sigmoid()
+        return gpu.explain(weight, logits, 4, rule, device=H100, **options)
+
     for kernel in ((3,), (3, 3)):
         weight = torch.empty(64, 64, *kernel)
-        logits = torch.empty(1, *weight.shape)
-        backend, why = gpu.explain(weight, logits, 4, estimators.gumbel_sigmoid(), device=H100)
-        assert backend == "triton"
-        assert "masks packed, then convolved" in why
-        backend, why = gpu.explain(weight, logits, 4, estimators.top_k(), device=H100)
-        assert (backend, why) == ("reference", "no GPU kernel for the estimator top_k")
+        for options in ({}, {"transposed": True}):
+            backend, why = explain(weight, **options)
+            assert backend == "triton"
+            assert "masks packed, then convolved" in why
+            packed_only = (
+                ({"rule": estimators.top_k()}, "the estimator top_k"),
+                ({"n_of_m": (2, 4)}, "n_of_m"),
+                ({"small": True}, "logits smaller than the weight"),
+            )
+            for masks, name in packed_only:
+                backend, why = explain(weight, **masks, **options)
+                if with_cuda:
+                    expected = f"masks packed by the CUDA kernels, then convolved: {name}"
+                    assert (backend, why) == ("triton", expected)
+                else:
+                    assert (backend, why) == ("reference", f"no GPU kernel for {name}")

@@ -1,6 +1,7 @@
 """`masked_conv` on CUDA tensors: what the Triton kernels serve, and where their masks come from.
 
-Triton is imported at the first call. Images are read and written as contiguous
+Triton is imported at the first call. Masks that only the CUDA library draws, of top_k, n of m or
+blocks of weights, are packed by it before the product. Images are read and written as contiguous
 [batch, channels, height, width], the layout of the fake kernels: pixels are neighbours there, and
 the kernel's lanes too. A tensor in another layout, channels_last for instance, is copied once: less
 than the uncoalesced reads of a convolution, each pixel as often as the kernel has taps.
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _gpu, estimators
 from .._convolution import shape_of_result
-from .._gpu_masks import masks_of
+from .._gpu_masks import block_gradients, decided_bias, mask_words, masks_of, packed_only
 from ..estimators import Estimator
 from ..masked_linear import gpu as linear
 from ..masked_linear.gpu import MOST_COLUMNS, bias_gradients, gradients_of
@@ -43,8 +45,8 @@ def unserved(
     groups: int,
     *draw: Any,
 ) -> str | None:
-    """Why the Triton kernels do not serve these arguments of the operation, or None."""
-    reason = linear.unserved_by_triton(x.dtype, weight, logits, draw)
+    """Why no GPU kernel serves these arguments of the operation, or None."""
+    reason = linear.refusals(x.dtype, weight, logits, draw)["triton"]
     if reason is not None:
         return reason
     if max(weight[:1].numel(), weight[:, :1].numel()) > MOST_COLUMNS:
@@ -137,6 +139,13 @@ def _words(
     return triton.pack(masks) if choice.source == "bits" else None
 
 
+def _refused(*arguments: Any) -> bool:
+    """Whether the reference has to serve the operation on the device of its arguments."""
+    x, weight, logits = arguments[:3]
+    special = packed_only(weight, logits, arguments[10:]) is not None
+    return unserved(*arguments) is not None or (special and not linear.runs_on(x.device))
+
+
 def explain(
     weight: Tensor,
     logits: Tensor,
@@ -144,14 +153,26 @@ def explain(
     estimator: Estimator,
     n_of_m: tuple[int, int] | None = None,
     device: _gpu.Device | None = None,
+    *,
+    transposed: bool = False,
 ) -> tuple[str, str]:
-    """The backend of a layer with this weight, `triton` or `reference`, and why."""
-    drawn = (*estimators.arguments(estimator, False), n_of_m)
-    reason = linear.unserved_by_triton(weight.dtype, weight, logits, drawn)
+    """The backend of a layer with this weight, `triton` or `reference`, and why.
+
+    `transposed`: whether its product is the gradient of a convolution.
+    """
+    draw = (0, 1, 0, 0, samples, 1.0, True, *estimators.arguments(estimator, False), n_of_m)
+    reason = linear.refusals(weight.dtype, weight, logits, draw)["triton"]
+    special = packed_only(weight, logits, draw)
+    if reason is None and special is not None and weight.is_cuda:
+        reason = _native.cuda_unserved(weight.device)
     if reason is not None:
         return "reference", reason
+    if special is not None:
+        return "triton", f"masks packed by the CUDA kernels, then convolved: {special}"
+    if transposed and weight[0, 0].numel() > 1:
+        return "triton", "masks packed, then convolved: as the gradient of a convolution"
     seed = logits.new_empty(0) if estimator.draws else None  # it is not read
-    masks = masks_of(logits, None, seed, weight.dim(), (0, 1, 0, 0, samples, 1.0, True, *drawn))
+    masks = masks_of(logits, None, seed, weight.dim(), draw)
     if _gpu.FORCED_SOURCE is not None:
         return "triton", f"MODMASK_GPU_MASKS={_gpu.FORCED_SOURCE}"
     device = device or _gpu.device_of(weight.device.index or 0)
@@ -170,9 +191,10 @@ def forward(
     *rest: Any,
 ) -> Tensor:
     """The operation `modmask::masked_conv`."""
-    reason = unserved(x, weight, logits, bias, bias_logits, seed, *rest)
-    if reason is not None:
-        raise RuntimeError(f"masked_conv: {reason}")
+    if _refused(x, weight, logits, bias, bias_logits, seed, *rest):
+        from . import product
+
+        return product.reference(x, weight, logits, bias, bias_logits, seed, *rest)
     from . import triton
 
     options, draw = rest[:4], rest[4:]
@@ -180,53 +202,74 @@ def forward(
         x, weight = x.contiguous(), weight.contiguous()
         masks = masks_of(logits, bias_logits, seed, 4, draw)
         geometry = _geometry(x, weight, masks, *options)
-        words = _words(x, weight, masks, geometry.images * geometry.out_area)
+        if packed_only(weight, logits, draw) is None:
+            words = _words(x, weight, masks, geometry.images * geometry.out_area)
+        else:
+            words = mask_words(masks, weight.shape, list(draw[-1]))
+            masks = decided_bias(masks._replace(element_offset=0))  # where such words begin
         return triton.product(x, weight, masks, geometry, bias, words, tf32=tf32(x))
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None,
-    bias_logits: Tensor | None,
-    seed: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The operation `modmask::masked_conv_backward`."""
-    options, draw, needs = rest[:4], rest[4:-5], rest[-5:]
-    reason = unserved(x, weight, logits, bias, bias_logits, seed, *options, *draw)
-    if reason is not None:
-        raise RuntimeError(f"masked_conv_backward: {reason}")
+    if _refused(*arguments[:-5]):
+        from . import product
+
+        return product.backward_reference(dy, *arguments)
     from . import triton
 
-    need_x, need_weight, need_logits, need_bias, need_bias_logits = needs
+    x, weight, logits, bias, bias_logits, seed = arguments[:6]
+    options, draw = arguments[6:10], arguments[10:-5]
+    need_x, need_weight, need_logits, need_bias, need_bias_logits = arguments[-5:]
     dx = dweight = dlogits = dbias = dbias_logits = None
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        operands = (x, weight, logits, bias, bias_logits)
         x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
         masks = masks_of(logits, bias_logits, seed, 4, draw)
         geometry = _geometry(x, weight, masks, *options)
+        # of masks by top_k only the slope is asked for, that of a threshold
+        drawn = decided_bias(masks._replace(bias_logits=None))
+        words, bits = None, drawn
+        special = packed_only(weight, logits, draw) is not None
+        if special and (need_x or need_weight):
+            words = mask_words(masks, weight.shape, list(draw[-1]))
+            bits = drawn._replace(element_offset=0)  # where such words begin
         if need_x:
-            pixels = geometry.images * geometry.area
-            words = _words(dy, weight, masks, pixels, backward=True)
+            if not special:
+                words = _words(dy, weight, drawn, geometry.images * geometry.area, backward=True)
             dx = triton.product(
-                dy, weight, masks, geometry, None, words, backward=True, tf32=tf32(x)
+                dy, weight, bits, geometry, None, words, backward=True, tf32=tf32(x)
             )
+        if special and need_weight:
+            dweight, _ = triton.gradients(
+                *(dy, x, weight, bits, geometry),
+                need_weight=True,
+                need_logits=False,
+                words=words,
+                tf32=tf32(x),
+            )
+            need_weight = False
+        if need_logits and logits.shape[-4:] != weight.shape:
+
+            def of_group(g: int, plain: Masks) -> Tensor:
+                part = slice(g * geometry.images, (g + 1) * geometry.images)
+                _, d = triton.gradients(dy[part], x[part], weight, plain, geometry, tf32=tf32(x))
+                assert d is not None
+                return d
+
+            dlogits = block_gradients(masks, weight, of_group)
+            need_logits = False
         if need_weight or need_logits:
-            dweight, dlogits = triton.gradients(
-                dy,
-                x,
-                weight,
-                masks,
-                geometry,
+            found = triton.gradients(
+                *(dy, x, weight, drawn, geometry),
                 need_weight=need_weight,
                 need_logits=need_logits,
                 tf32=tf32(x),
             )
+            dweight = found[0] if need_weight else dweight
+            dlogits = found[1] if need_logits else dlogits
         if need_bias or need_bias_logits:
             assert bias is not None
             sums = linear.group_sums(dy.sum((2, 3), dtype=torch.float32), masks)
             dbias, dbias_logits = bias_gradients(sums, bias, masks, need_bias, need_bias_logits)
-    found = (dx, dweight, dlogits, dbias, dbias_logits)
-    return gradients_of(found, (x, weight, logits, bias, bias_logits))
+    return gradients_of((dx, dweight, dlogits, dbias, dbias_logits), operands)

@@ -26,6 +26,7 @@ from .._triton import (
     VARYING,
     Config,
     Masks,
+    bits_tile,
     draw,
     draw_tile,
     noise_at,
@@ -504,6 +505,7 @@ def weight_gradients(
     seed_ptr,
     dlogits_ptr,
     dweight_ptr,
+    words_ptr,
     stacks,
     images,
     parts,
@@ -523,6 +525,7 @@ def weight_gradients(
     splits,
     logits_stride,
     seed_stride,
+    words_stride,
     sample_offset,
     element_offset,
     tensor_id,
@@ -539,7 +542,9 @@ def weight_gradients(
     SW: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     FLAT: tl.constexpr,
+    PACKED: tl.constexpr,
     QUADS: tl.constexpr,
+    WORDS: tl.constexpr,
     NOISE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     ANTITHETIC: tl.constexpr,
@@ -594,11 +599,12 @@ def weight_gradients(
         first_set = tl.program_id(1)
         last_set = first_set + 1
     for set_ in range(first_set, last_set):
-        logits = tl.load(
-            logits_ptr + (set_ + tl.full((), 0, tl.int64)) * logits_stride + corner + offset,
-            mask=inside,
-            other=0.0,
-        )
+        if not PACKED:
+            logits = tl.load(
+                logits_ptr + (set_ + tl.full((), 0, tl.int64)) * logits_stride + corner + offset,
+                mask=inside,
+                other=0.0,
+            )
         dlogits = tl.zeros((M, N), dtype=tl.float32)
         for j in range(split % by_sample, per_set, by_sample):
             first_image = (set_ * per_set + j + tl.full((), 0, tl.int64)) * stacks * images
@@ -642,29 +648,40 @@ def weight_gradients(
                     UPCAST,
                 )
                 product = tl.dot(dy, tl.trans(patches), product, input_precision=PRECISION)
-            key = tl.full((), 0, tl.int64)
-            if NOISE:
-                key = tl.load(seed_ptr + set_ * seed_stride + j // samples)
-            kept, value, slope = draw_tile(
-                logits,
-                element_offset.to(tl.int64) + corner,
-                depth,
-                sample_offset.to(tl.int64) + j % samples,
-                tensor_id,
-                key,
-                tau,
-                low,
-                high,
-                least,
-                most,
-                M,
-                N,
-                QUADS,
-                NOISE,
-                ESTIMATOR,
-                ANTITHETIC,
-                UNIT_TAU,
-            )
+            if PACKED:
+                kept = bits_tile(
+                    words_ptr + (set_ * per_set + j + tl.full((), 0, tl.int64)) * words_stride,
+                    corner,
+                    depth,
+                    o < end - o0,
+                    M,
+                    N,
+                    WORDS,
+                )
+            else:
+                key = tl.full((), 0, tl.int64)
+                if NOISE:
+                    key = tl.load(seed_ptr + set_ * seed_stride + j // samples)
+                kept, value, slope = draw_tile(
+                    logits,
+                    element_offset.to(tl.int64) + corner,
+                    depth,
+                    sample_offset.to(tl.int64) + j % samples,
+                    tensor_id,
+                    key,
+                    tau,
+                    low,
+                    high,
+                    least,
+                    most,
+                    M,
+                    N,
+                    QUADS,
+                    NOISE,
+                    ESTIMATOR,
+                    ANTITHETIC,
+                    UNIT_TAU,
+                )
             if NEED_LOGITS:
                 dlogits += product * slope
             if NEED_WEIGHT:
@@ -853,6 +870,7 @@ def gradients(
     *,
     need_weight: bool = False,
     need_logits: bool = True,
+    words: Tensor | None = None,
     tf32: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -860,7 +878,9 @@ def gradients(
 
     Args:
         dy, x, weight, masks: as in `product`.
+        words: packed masks, for dweight alone; logits and noise are not looked at then.
     """
+    assert words is None or not need_logits
     g = geometry
     if not weight.numel():
         empty = masks.logits.new_empty((masks.sets, *weight.shape))
@@ -884,16 +904,20 @@ def gradients(
         masks.logits,
         dlogits_ptr=masks.logits if dlogits is None else dlogits,
         dweight_ptr=weight if dweight is None else dweight,
+        words_ptr=masks.logits if words is None else words,
         **g.arguments(g.out_size, config.k),
         sets=masks.sets,
         splits=count,
         logits_stride=masks.logits.stride(0),
+        words_stride=0 if words is None else words.stride(-2),
         element_offset=masks.element_offset,
         **masks.arguments(),
         **masks.surrogate(),
         NEED_LOGITS=need_logits,
         NEED_WEIGHT=need_weight,
+        PACKED=words is not None,
         QUADS=masks.quads(g.depth),
+        WORDS=g.depth % 32 == 0 and masks.skip == 0,
         UPCAST=upcast(x.dtype),
         PRECISION=precision(x.dtype, tf32),
         TOGETHER=8,

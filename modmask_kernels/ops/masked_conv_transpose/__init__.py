@@ -150,10 +150,7 @@ def _masked_conv_transpose(
     turned = (x, weight.transpose(0, 1), logits.transpose(-4, -3), bias, bias_logits)
     side = scaled_side(*turned[:3])
     if side is None:
-        small = logits.shape[-4:] != weight.shape
-        y = (_product.reference if small else _product)(
-            x, weight, logits, bias, bias_logits, seed, *options, *draw
-        )
+        y = _product(x, weight, logits, bias, bias_logits, seed, *options, *draw)
     else:
         convolve = partial(reference.convolve_turned, *options)
         y = scaled_product(convolve, side, 1, *turned, seed, *draw[:-1])

@@ -117,10 +117,7 @@ def masked_matmul(
     turned = (x, weight.t(), logits.transpose(-1, -2), bias, bias_logits)
     side = scaled_side(*turned[:3])
     if side is None:
-        small = logits.shape[-2:] != weight.shape
-        y = (_product.reference if small else _product)(
-            x, weight, logits, bias, bias_logits, seed, *draw
-        )
+        y = _product(x, weight, logits, bias, bias_logits, seed, *draw)
     else:
         y = scaled_product(F.linear, side, -1, *turned, seed, *draw[:-1])
     return y.movedim(0, batch_dim)

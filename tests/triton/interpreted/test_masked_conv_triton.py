@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_masked_conv import apply, check, random_like, tensors_of
 
-from modmask_kernels import ops
+from modmask_kernels import _native, ops
 from modmask_kernels.ops import _gpu, _gpu_masks, estimators
-from modmask_kernels.ops.masked_conv import gpu, triton
+from modmask_kernels.ops.masked_conv import gpu, product, triton
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 SMALL = {"images": 1, "channels": 3, "outputs": 5, "size": (5, 6), "sets": 1}
@@ -81,6 +81,30 @@ def test_sizes(change, source):
 )
 def test_soft_masks_and_estimators(options):
     check(*tensors_of(**SMALL, padding=1, samples=1, **options), MANY)
+
+
+PACKED = [
+    {"estimator": estimators.top_k(0.4)},
+    {"estimator": estimators.top_k(0.4), "seeds": None, "masked_bias": False},
+    {"n_of_m": (1, 3), "element_offset": 5},
+    {"n_of_m": (2, 4), "channels": 4, "groups": 2, "outputs": 4, "stride": 2, "sets": 2},
+    {"blocks": (1, 1, 3, 3), "antithetic": True, "tau": 0.6},
+    {"blocks": (2, 4, 1, 3), "channels": 8, "outputs": 6, "element_offset": 7, "padding": 1},
+    {"blocks": (5, 1, 1, 1), "seeds": None, "masked_bias": False},
+    {"blocks": (1, 3, 1, 1), "estimator": estimators.hard_concrete(), "sets": 2, "seeds": "one"},
+]
+
+
+@pytest.mark.parametrize("change", PACKED, ids=str)
+@pytest.mark.usefixtures("masks_of_the_library")
+def test_masks_packed_by_the_library(change):
+    change = {**SMALL, **change}
+    blocks = change.pop("blocks", (1, 1, 1, 1))
+    tensors, options = tensors_of(**change)
+    small = tuple(slice(None, None, n) for n in blocks)
+    tensors["logits"] = tensors["logits"][(slice(None), *small)].contiguous()
+    check(tensors, options, MANY)
+    check(tensors, options, ("weight",))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -193,7 +217,8 @@ def fake_masks():
     )
 
 
-def test_what_is_not_served():
+def test_what_is_not_served(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_loaded", lambda: False)
     tensors, _ = tensors_of(**SMALL)
     x, weight, logits = (tensors[n] for n in ("x", "weight", "logits"))
     options = ([1, 1], [0] * 4, [1, 1], 1)
@@ -217,5 +242,6 @@ def test_what_is_not_served():
     assert "images of this size" in unserved(large, few, few, *plain, [])
     deep = meta(2, 2**20, 3, 3)
     assert "weights of a channel" in unserved(meta(1, 2**20, 3, 3), deep, deep, *plain, [])
-    with pytest.raises(RuntimeError, match="masked_conv: no GPU kernel for n_of_m"):
-        gpu.forward(x, weight, logits, None, None, None, *options, *draw, *plain, [1, 3])
+    # the reference serves then
+    operands = (x, weight, logits, None, None, None, *options, *draw, *plain, [1, 3])
+    assert torch.equal(gpu.forward(*operands), product.reference(*operands))
