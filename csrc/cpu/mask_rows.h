@@ -229,7 +229,9 @@ inline void exp_minus_row(const float* logits, int64_t n, float* out) {
     vf v[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      v[j] = load_part(logits + i + j * kLanes, n - i - j * kLanes);
+      // a group of vectors is whole; asking of each whether it is keeps their chains apart
+      const float* from = logits + i + j * kLanes;
+      v[j] = kVectors > 1 ? load(from) : load_part(from, n - i);
     }
     exp_minus(v);
 #pragma GCC unroll 4

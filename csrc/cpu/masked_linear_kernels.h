@@ -68,8 +68,14 @@ void load_tile(
     if (logits != nullptr) {
       exp_minus_row(logits + element, n, exps + o * step);
     }
-    for (int64_t i = 0; i < padded(n); i += kLanes) {
-      store(wide + o * step + i, load_part(weight + element + i, n - i));
+    const T* from = weight + element;
+    float* to = wide + o * step;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      store(to + i, load_wide(from + i));
+    }
+    for (; i < padded(n); i += kLanes) {
+      store(to + i, load_part(from + i, n - i));
     }
   }
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -159,26 +159,45 @@ def baseline_step(name: str, problem: Problem) -> Callable[[], Tensor]:
         raise baselines.NotAvailableError(f"torch.compile fails here: {reason[0]}") from error
 
 
-class _Nothing(torch.autograd.Function):
-    """An operation of Python with a gradient of its own, as every fused one has to be."""
+# weights of the layer whose call costs as much as that of a large one, and its kernel nothing
+_TINY = 16
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.view_as(y)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+def _beside(problem: Problem, layer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+    """The plain step with the call of another layer in it, `layer(x, trainable)`, of size `_TINY`.
+
+    The other layer comes first forward and last backward: after products, as in a network, when
+    the caches hold their operands and not the code of a call.
+    """
+    x, weight = _leaf(problem.x), _leaf(problem.weight)
+    tiny_x = torch.zeros(problem.samples, _TINY, requires_grad=True)
+    tiny_weight = torch.zeros(_TINY, _TINY, requires_grad=True)
+    tiny_grad = torch.zeros(problem.samples, _TINY)
+
+    def step() -> None:
+        for leaf in (x, weight, tiny_x, tiny_weight):
+            leaf.grad = None
+        tiny_y = layer(tiny_x, tiny_weight)
+        y = problem.plain(x, weight, problem.bias)
+        torch.autograd.backward((tiny_y, y), (tiny_grad, problem.grad))
+
+    return step
+
+
+def noise_function(logits: Tensor, samples: int) -> Callable[[], object]:
+    """The bits of all masks once."""
+    seeds = itertools.cycle([torch.tensor(seed) for seed in range(_SEEDS)])
+    return lambda: ops.sample_mask_packed(logits, seed=next(seeds), samples=samples)
 
 
 def floor_functions(problem: Problem) -> dict[str, Callable[[], object]]:
     """What no masked layer can do without.
 
-    `noise`: the bits of all masks once. `products`: the three products, cut into `samples` parts
-    of the batch and done by the library. `copy`: one weight-sized tensor read, one written.
-    `called`: the plain layer, seen through an operation of Python that does nothing.
+    `noise`: the bits of all masks once; `noise_call`: of a layer that has next to none.
+    `products`: the three products, cut into `samples` parts of the batch and done by the library.
+    `copy`: one weight-sized tensor read, one written. `operation`, `layer`: the plain layer beside
+    a call of the masked operation, or of a plain layer, that has next to nothing to do.
     """
-    x_leaf, weight_leaf = _leaf(problem.x), _leaf(problem.weight)
     parts = [
         (x, grad, torch.empty_like(grad), torch.empty_like(x))
         for x, grad in zip(
@@ -187,10 +206,8 @@ def floor_functions(problem: Problem) -> dict[str, Callable[[], object]]:
     ]
     weight = problem.weight
     buffer = torch.empty_like(weight)
+    tiny_weight, tiny_bias = torch.zeros(_TINY, _TINY), torch.zeros(_TINY)
     seeds = itertools.cycle([torch.tensor(seed) for seed in range(_SEEDS)])
-
-    def noise() -> Tensor:
-        return ops.sample_mask_packed(problem.logits, seed=next(seeds), samples=problem.samples)
 
     def products() -> None:
         for x, grad, y, grad_x in parts:
@@ -198,15 +215,18 @@ def floor_functions(problem: Problem) -> dict[str, Callable[[], object]]:
             torch.mm(grad, weight, out=grad_x)
             torch.mm(grad.t(), x, out=buffer)
 
-    def through_nothing() -> Tensor:
-        y: Tensor = _Nothing.apply(problem.plain(x_leaf, weight_leaf, problem.bias))
-        return y
+    def operation(x: Tensor, logits: Tensor) -> Tensor:
+        return ops.masked_linear(
+            x, tiny_weight, logits, tiny_bias, seed=next(seeds), samples=problem.samples
+        )
 
     return {
-        "noise": noise,
+        "noise": noise_function(problem.logits, problem.samples),
+        "noise_call": noise_function(tiny_weight, problem.samples),
         "products": products,
         "copy": lambda: buffer.copy_(weight),
-        "called": _step(through_nothing, (x_leaf, weight_leaf), problem.grad),
+        "operation": _beside(problem, operation),
+        "layer": _beside(problem, lambda x, weight: F.linear(x, weight, tiny_bias)),
     }
 
 
@@ -214,31 +234,36 @@ def floor_of(case: LinearCase, timings: dict[str, Timing]) -> dict[str, float]:
     """The least time that the measured parts allow, in seconds, and what it is made of.
 
     The noise is needed twice, forward and backward, since nothing weight-sized is kept; the
-    products cost at least what one whole product per pass costs, called from Python (`called`).
-    Masking and slopes are taken as free. The traffic counts `WORDS_PER_WEIGHT` at the speed of a
-    plain copy of a tensor of this size.
+    products cost at least what one whole product per pass costs; and an operation of its own costs
+    more to call than one of PyTorch's. Masking, slopes and the cut are taken as free. The traffic
+    counts `WORDS_PER_WEIGHT` at the speed of a plain copy of a tensor of this size.
     """
-    noise = timings["noise"].median
+
+    def to_plain(name: str) -> float:
+        return ratio(timings[name], timings["plain"]).value
+
+    plain = timings["plain"].median
+    noise = timings["noise"].median - timings["noise_call"].median
+    call = timings["operation"].median - timings["layer"].median
     traffic = timings["copy"].median * WORDS_PER_WEIGHT / 2.0
-    arithmetic = timings["called"].median + 2.0 * noise
-    floor = max(arithmetic, traffic)
     numbers = case.samples * case.out_features * case.in_features
-    to_plain = max(
-        ratio(timings["called"], timings["plain"]).value
-        + 2.0 * ratio(timings["noise"], timings["plain"]).value,
-        WORDS_PER_WEIGHT / 2.0 * ratio(timings["copy"], timings["plain"]).value,
+    least = max(
+        1.0
+        + (to_plain("operation") - to_plain("layer"))
+        + 2.0 * (to_plain("noise") - to_plain("noise_call")),
+        WORDS_PER_WEIGHT / 2.0 * to_plain("copy"),
     )
     return {
         "noise_seconds": noise,
         "noise_nanoseconds_per_number_and_core": 1e9 * noise * torch.get_num_threads() / numbers,
-        "whole_products_seconds": timings["called"].median,
+        "whole_products_seconds": plain,
         "cut_products_seconds": timings["products"].median,
+        "call_seconds": call,
         "traffic_bytes": 4.0 * WORDS_PER_WEIGHT * case.out_features * case.in_features,
         "traffic_seconds": traffic,
-        "seconds": floor,
-        "library_cut_seconds": max(timings["products"].median + 2.0 * noise, traffic),
-        "ratio_to_plain": to_plain,
-        "fused_over_floor": ratio(timings["fused"], timings["plain"]).value / to_plain,
+        "seconds": max(plain + call + 2.0 * noise, traffic),
+        "ratio_to_plain": least,
+        "fused_over_floor": to_plain("fused") / least,
     }
 
 

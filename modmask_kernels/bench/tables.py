@@ -98,6 +98,7 @@ def _floor_table(rows: Sequence[Row]) -> Table:
             "ns per number and core",
             "whole products, ms",
             "cut products, ms",
+            "call, ms",
             "traffic, ms",
             "floor, ms",
             "fused, ms",
@@ -110,6 +111,7 @@ def _floor_table(rows: Sequence[Row]) -> Table:
                 f"{row['floor']['noise_nanoseconds_per_number_and_core']:.2f}",
                 _ms(row["floor"]["whole_products_seconds"]),
                 _ms(row["floor"]["cut_products_seconds"]),
+                _ms(row["floor"]["call_seconds"]),
                 _ms(row["floor"]["traffic_seconds"]),
                 _ms(row["floor"]["seconds"]),
                 _ms(row["seconds"]["fused"]["median"]),
@@ -117,11 +119,12 @@ def _floor_table(rows: Sequence[Row]) -> Table:
             ]
             for row in rows
         ],
-        note="Noise: sample_mask_packed alone; forward and backward need it once each. Whole "
-        "products: the plain layer, seen through an operation of Python that does nothing. Cut "
-        "products: the library's products with the batch in as many parts as samples. Traffic: 7 "
-        "words per weight at the speed of a copy. Floor: the larger of traffic and whole products "
-        "plus twice the noise; it takes masking, slopes and the cut as free.",
+        note="Noise: sample_mask_packed without what its call costs; forward and backward need it "
+        "once each. Whole products: the plain layer. Cut products: the library's products with the "
+        "batch in as many parts as samples. Call: the masked operation of a 16x16 layer, forward "
+        "and backward, within a step of the plain layer, less a plain layer of that size there. "
+        "Traffic: 7 words per weight at the speed of a copy. Floor: the larger of traffic and of "
+        "whole products, call and twice the noise; masking, slopes and the cut are free in it.",
     )
 
 
@@ -174,6 +177,9 @@ def _step_table(rows: Sequence[Row]) -> Table:
             "verdict",
             "naive",
             "faster than naive",
+            "noise once, ms",
+            "calls, ms",
+            "floor",
         ],
         rows=[
             [
@@ -186,12 +192,17 @@ def _step_table(rows: Sequence[Row]) -> Table:
                 row["verdict"],
                 _times(row["naive_ratio_to_plain"]["value"]),
                 _times(row["times_faster_than_naive"]),
+                _ms(row["floor"]["noise_seconds"]),
+                _ms(row["floor"]["call_seconds"]),
+                _times(row["floor"]["ratio_to_plain"]),
             ]
             for row in rows
         ],
         note="Addition / multiplication networks, batch 128, samples 4 in every masked layer. All "
         "three columns include data generation, loss, clipping to 1.0 and fused Adam; the masked "
-        "ones the penalty too.",
+        "ones the penalty too. Noise, calls: as for masked_linear, of all layers. Floor: training "
+        "plus calls plus twice the noise, over training; masking, slopes, the cut of products and "
+        "the penalty are free in it.",
     )
 
 
