@@ -186,7 +186,11 @@ def launch_of(
     tf32: bool = False,
     hard: bool = True,
     estimator: int = 0,
+    tau: float = 1.0,
+    antithetic: bool = False,
+    noise: bool = True,
     need_weight: bool = False,
+    need_logits: bool = True,
     large_tiles: bool = True,
     packs: bool = False,
     config: _triton.Config | None = None,
@@ -204,7 +208,8 @@ def launch_of(
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    masks = _masks((outputs, inputs), samples, hard, estimator, kernel == "bias_gradients")
+    drawn = (samples, hard, estimator, tau, antithetic, noise)
+    masks = _masks((outputs, inputs), *drawn, bias=kernel == "bias_gradients")
     weight, bias = empty(outputs, inputs), empty(outputs)
     x, dy = empty(samples * rows, inputs), empty(samples * rows, outputs)
     with recorded(large_tiles) as launches:
@@ -222,6 +227,7 @@ def launch_of(
                 weight,
                 masks,
                 need_weight=need_weight,
+                need_logits=need_logits,
                 words=sample_mask.empty_words(masks) if packs else None,
                 tf32=tf32,
                 config=config,
@@ -233,24 +239,32 @@ def launch_of(
 
 
 def _masks(
-    shape: tuple[int, ...], samples: int, hard: bool, estimator: int, bias: bool = False
+    shape: tuple[int, ...],
+    samples: int,
+    hard: bool,
+    estimator: int,
+    tau: float,
+    antithetic: bool,
+    noise: bool,
+    *,
+    bias: bool = False,
 ) -> _triton.Masks:
     return _triton.Masks(
         torch.empty((1, *shape), device="meta"),
         torch.empty((1, shape[0]), device="meta") if bias else None,
-        torch.empty(1, dtype=torch.int64, device="meta"),
+        torch.empty(1, dtype=torch.int64, device="meta") if noise else None,
         tensor_id=2,
         bias_tensor_id=3,
         sample_offset=0,
         element_offset=0,
         samples=samples,
-        tau=1.0,
+        tau=tau,
         hard=hard,
         code=estimator,
         low=0.0,
         high=0.0,
         clamp=0.0,
-        antithetic=False,
+        antithetic=antithetic,
     )
 
 
@@ -266,17 +280,26 @@ def convolution_of(
     stride: int = 1,
     tf32: bool = False,
     hard: bool = True,
+    estimator: int = 0,
+    tau: float = 1.0,
+    antithetic: bool = False,
+    noise: bool = True,
     need_weight: bool = False,
+    need_logits: bool = True,
+    packed: bool = False,
+    packs: bool = False,
+    outputs: int = 256,
     config: _triton.Config | None = None,
 ) -> Launch:
-    """A kernel as a convolution launches it: 64 images, 4 samples of one set, 256 outputs.
+    """A kernel as a convolution launches it: 64 images, 4 samples of one set.
 
     Args:
         kernel: `conv_forward`, `conv_dx` or `conv_gradients`.
-        source: of the masks, `bits` or `regenerate`.
+        source: of the masks, `bits` or `regenerate`. packed: whether dweight reads
+            its masks. packs: whether dlogits writes them.
         size: height and width of an image. taps: of the kernel, in either dimension.
     """
-    images, samples, outputs, pad = 64, 4, 256, taps // 2
+    images, samples, pad = 64, 4, taps // 2
     out_size = (size + 2 * pad - taps) // stride + 1
     geometry = masked_conv.Geometry(
         images,
@@ -290,7 +313,8 @@ def convolution_of(
         (pad,) * 4,
         (1, 1),
     )
-    masks = _masks((outputs, channels, taps, taps), samples, hard, 0)
+    drawn = (samples, hard, estimator, tau, antithetic, noise)
+    masks = _masks((outputs, channels, taps, taps), *drawn)
     weight = torch.empty(outputs, channels, taps, taps, dtype=dtype, device="meta")
     x = weight.new_empty(samples * images, channels, size, size)
     dy = weight.new_empty(samples * images, outputs, out_size, out_size)
@@ -303,5 +327,7 @@ def convolution_of(
         elif kernel == "conv_dx":
             masked_conv.product(dy, weight, masks, geometry, None, words, backward=True, **given)
         else:
-            masked_conv.gradients(dy, x, weight, masks, geometry, need_weight=need_weight, **given)
+            given |= {"need_weight": need_weight, "need_logits": need_logits}
+            given["words"] = words if packed or packs else None
+            masked_conv.gradients(dy, x, weight, masks, geometry, **given)
     return launches[-1]

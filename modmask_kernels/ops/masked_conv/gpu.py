@@ -127,16 +127,13 @@ def choose(
     return _gpu.choose(p, device)
 
 
-def _words(
+def _choose(
     x: Tensor, weight: Tensor, masks: Masks, pixels: int, *, backward: bool = False
-) -> Tensor | None:
-    """Packed masks, where they are better than masks drawn in the product."""
-    from ..sample_mask import triton
-
+) -> _gpu.Choice:
+    """Where the masks of a product on the device of x come from."""
     device = _gpu.device_of(x.device.index or 0) if x.is_cuda else _gpu.DEVICES[0]
     p = sizes(x, weight, masks, pixels, backward=backward)
-    choice = choose(p, device, weight[0, 0].numel(), backward=backward)
-    return triton.pack(masks) if choice.source == "bits" else None
+    return choose(p, device, weight[0, 0].numel(), backward=backward)
 
 
 def _refused(*arguments: Any) -> bool:
@@ -195,6 +192,7 @@ def forward(
         from . import product
 
         return product.reference(x, weight, logits, bias, bias_logits, seed, *rest)
+    from ..sample_mask import triton as sample_mask
     from . import triton
 
     options, draw = rest[:4], rest[4:]
@@ -202,12 +200,58 @@ def forward(
         x, weight = x.contiguous(), weight.contiguous()
         masks = masks_of(logits, bias_logits, seed, 4, draw)
         geometry = _geometry(x, weight, masks, *options)
+        words = None
         if packed_only(weight, logits, draw) is None:
-            words = _words(x, weight, masks, geometry.images * geometry.out_area)
+            choice = _choose(x, weight, masks, geometry.images * geometry.out_area)
+            words = sample_mask.pack(masks) if choice.source == "bits" else None
         else:
             words = mask_words(masks, weight.shape, list(draw[-1]))
             masks = decided_bias(masks._replace(element_offset=0))  # where such words begin
         return triton.product(x, weight, masks, geometry, bias, words, tf32=tf32(x))
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    masks: Masks,
+    geometry: Geometry,
+    need_weight: bool,
+    need_logits: bool,
+    bits: Tensor | None,
+    words: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dlogits), each where it is needed.
+
+    Args:
+        bits: masks that the CUDA library packed. words: where the kernel packs those it draws.
+    """
+    from . import triton
+
+    given: dict[str, Any] = {"tf32": tf32(x)}
+    dweight = dlogits = None
+    if need_weight and bits is not None:
+        whole = masks._replace(element_offset=0)  # where such words begin
+        given |= {"need_weight": True, "need_logits": False, "words": bits}
+        dweight, _ = triton.gradients(dy, x, weight, whole, geometry, **given)
+        need_weight = False
+    given = {"tf32": tf32(x)}
+    if need_logits and masks.logits.shape[1:] != weight.shape:
+
+        def of_group(g: int, plain: Masks) -> Tensor:
+            part = slice(g * geometry.images, (g + 1) * geometry.images)
+            _, d = triton.gradients(dy[part], x[part], weight, plain, geometry, **given)
+            assert d is not None
+            return d
+
+        dlogits = block_gradients(masks, weight, of_group)
+        need_logits = False
+    if need_weight or need_logits:
+        given |= {"need_weight": need_weight, "need_logits": need_logits, "words": words}
+        found = triton.gradients(dy, x, weight, masks, geometry, **given)
+        dweight = found[0] if need_weight else dweight
+        dlogits = found[1] if need_logits else dlogits
+    return dweight, dlogits
 
 
 def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -216,6 +260,7 @@ def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         from . import product
 
         return product.backward_reference(dy, *arguments)
+    from ..sample_mask import triton as sample_mask
     from . import triton
 
     x, weight, logits, bias, bias_logits, seed = arguments[:6]
@@ -229,45 +274,28 @@ def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         geometry = _geometry(x, weight, masks, *options)
         # of masks by top_k only the slope is asked for, that of a threshold
         drawn = decided_bias(masks._replace(bias_logits=None))
-        words, bits = None, drawn
-        special = packed_only(weight, logits, draw) is not None
-        if special and (need_x or need_weight):
-            words = mask_words(masks, weight.shape, list(draw[-1]))
-            bits = drawn._replace(element_offset=0)  # where such words begin
-        if need_x:
-            if not special:
-                words = _words(dy, weight, drawn, geometry.images * geometry.area, backward=True)
-            dx = triton.product(
-                dy, weight, bits, geometry, None, words, backward=True, tf32=tf32(x)
+        pixels = geometry.images * geometry.area
+        bits = words = None
+        packs = False
+        if packed_only(weight, logits, draw) is not None:
+            bits = (
+                mask_words(masks, weight.shape, list(draw[-1])) if need_x or need_weight else None
             )
-        if special and need_weight:
-            dweight, _ = triton.gradients(
-                *(dy, x, weight, bits, geometry),
-                need_weight=True,
-                need_logits=False,
-                words=words,
-                tf32=tf32(x),
-            )
-            need_weight = False
-        if need_logits and logits.shape[-4:] != weight.shape:
-
-            def of_group(g: int, plain: Masks) -> Tensor:
-                part = slice(g * geometry.images, (g + 1) * geometry.images)
-                _, d = triton.gradients(dy[part], x[part], weight, plain, geometry, tf32=tf32(x))
-                assert d is not None
-                return d
-
-            dlogits = block_gradients(masks, weight, of_group)
-            need_logits = False
+        elif need_x and _choose(dy, weight, drawn, pixels, backward=True).source == "bits":
+            packs = triton.packs(drawn, geometry, need_weight, need_logits)
+            words = sample_mask.empty_words(drawn) if packs else sample_mask.pack(drawn)
         if need_weight or need_logits:
-            found = triton.gradients(
-                *(dy, x, weight, drawn, geometry),
-                need_weight=need_weight,
-                need_logits=need_logits,
-                tf32=tf32(x),
+            dweight, dlogits = _gradients(
+                *(dy, x, weight, drawn, geometry, need_weight, need_logits),
+                bits,
+                words if packs else None,
             )
-            dweight = found[0] if need_weight else dweight
-            dlogits = found[1] if need_logits else dlogits
+        if need_x:
+            if bits is not None:
+                words, drawn = bits, drawn._replace(element_offset=0)  # where such words begin
+            dx = triton.product(
+                dy, weight, drawn, geometry, None, words, backward=True, tf32=tf32(x)
+            )
         if need_bias or need_bias_logits:
             assert bias is not None
             sums = linear.group_sums(dy.sum((2, 3), dtype=torch.float32), masks)

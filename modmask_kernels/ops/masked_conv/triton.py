@@ -31,6 +31,7 @@ from .._triton import (
     draw_tile,
     noise_at,
     number_of,
+    packed_tile,
     precision,
     tile_of_program,
     upcast,
@@ -543,6 +544,7 @@ def weight_gradients(
     PER_IMAGE: tl.constexpr,
     FLAT: tl.constexpr,
     PACKED: tl.constexpr,
+    PACK: tl.constexpr,
     QUADS: tl.constexpr,
     WORDS: tl.constexpr,
     NOISE: tl.constexpr,
@@ -648,9 +650,10 @@ def weight_gradients(
                     UPCAST,
                 )
                 product = tl.dot(dy, tl.trans(patches), product, input_precision=PRECISION)
+            words = words_ptr + (set_ * per_set + j + tl.full((), 0, tl.int64)) * words_stride
             if PACKED:
                 kept = bits_tile(
-                    words_ptr + (set_ * per_set + j + tl.full((), 0, tl.int64)) * words_stride,
+                    words,
                     corner,
                     depth,
                     o < end - o0,
@@ -682,6 +685,11 @@ def weight_gradients(
                     ANTITHETIC,
                     UNIT_TAU,
                 )
+            if PACK:
+                w = tl.arange(0, N // 32)[None, :]
+                there = (o < end - o0) & (w < (depth - i0) // 32) & (split < by_sample)
+                to = words + (corner >> 5) + (o * (depth // 32) + w)
+                tl.store(to, packed_tile(kept, M, N), mask=there)
             if NEED_LOGITS:
                 dlogits += product * slope
             if NEED_WEIGHT:
@@ -861,6 +869,12 @@ def product(
     return result
 
 
+def packs(masks: Masks, geometry: Geometry, need_weight: bool, need_logits: bool) -> bool:
+    """Whether `gradients` can write the packed masks, for which it has noise."""
+    whole = geometry.depth % 32 == 0 and masks.skip == 0
+    return masks.hard and whole and need_logits and not need_weight and masks.logits.numel() > 0
+
+
 def gradients(
     dy: Tensor,
     x: Tensor,
@@ -878,10 +892,11 @@ def gradients(
 
     Args:
         dy, x, weight, masks: as in `product`.
-        words: packed masks, for dweight alone; logits and noise are not looked at then.
+        words: packed masks, for dweight alone; logits and noise are not looked at then. For dlogits
+            where to write the masks, which are drawn anyway; only if `packs(...)`.
     """
-    assert words is None or not need_logits
     g = geometry
+    assert words is None or not need_logits or packs(masks, g, need_weight, need_logits)
     if not weight.numel():
         empty = masks.logits.new_empty((masks.sets, *weight.shape))
         return torch.empty_like(weight) if need_weight else None, empty if need_logits else None
@@ -915,7 +930,8 @@ def gradients(
         **masks.surrogate(),
         NEED_LOGITS=need_logits,
         NEED_WEIGHT=need_weight,
-        PACKED=words is not None,
+        PACKED=words is not None and not need_logits,
+        PACK=words is not None and need_logits,
         QUADS=masks.quads(g.depth),
         WORDS=g.depth % 32 == 0 and masks.skip == 0,
         UPCAST=upcast(x.dtype),

@@ -7,6 +7,7 @@ from test_masked_conv import apply, check, random_like, tensors_of
 from modmask_kernels import _native, ops
 from modmask_kernels.ops import _gpu, _gpu_masks, estimators
 from modmask_kernels.ops.masked_conv import gpu, product, triton
+from modmask_kernels.ops.sample_mask import triton as sample_mask
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 SMALL = {"images": 1, "channels": 3, "outputs": 5, "size": (5, 6), "sets": 1}
@@ -105,6 +106,29 @@ def test_masks_packed_by_the_library(change):
     tensors["logits"] = tensors["logits"][(slice(None), *small)].contiguous()
     check(tensors, options, MANY)
     check(tensors, options, ("weight",))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize("options", [{}, {"estimator": estimators.threshold(0.1)}], ids=str)
+def test_gradients_pack_the_masks(options, count, monkeypatch):
+    """The bits that dx reads are those of the kernel that packs alone."""
+    monkeypatch.setattr(triton, "splits", lambda *_: count)
+    tensors, draw = tensors_of(
+        channels=8, outputs=7, kernel=(2, 4), size=(5, 6), samples=2, groups=2, **options
+    )
+    rule = estimators.arguments(draw.get("estimator", "gumbel_sigmoid"), False)
+    masks = _gpu_masks.masks_of(
+        tensors["logits"], None, draw["seed"], 4, (3, 4, 0, 0, 2, 1.0, True, *rule, [])
+    )
+    x, weight = tensors["x"], tensors["weight"]
+    geometry = triton.Geometry(2, 2, 8, 7, (5, 6), (4, 3), (2, 4), (1, 1), (0, 0, 0, 0), (1, 1))
+    dy = random_like(torch.empty(x.shape[0], 14, 4, 3))
+    assert triton.packs(masks, geometry, False, True)
+    words = sample_mask.empty_words(masks)
+    _, dlogits = triton.gradients(dy, x, weight, masks, geometry, words=words)
+    used = weight.numel() // 32
+    assert torch.equal(words[..., :used], sample_mask.pack(masks)[..., :used])
+    assert torch.equal(dlogits, triton.gradients(dy, x, weight, masks, geometry)[1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
