@@ -41,6 +41,10 @@ class TestSourceDistribution:
             }
             missing = {path for path in expected if not (unpacked / path).exists()}
             assert not missing
+            changed = {
+                p for p in expected if (unpacked / p).read_bytes() != (ROOT / p).read_bytes()
+            }
+            assert not changed
 
     def test_has_nothing_compiled(self, unpacked: Path) -> None:
         assert not [path for path in unpacked.rglob("*") if path.suffix in (".so", ".pyc", ".o")]
