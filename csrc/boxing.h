@@ -1,12 +1,18 @@
-// TORCH_BOX for functions that take runs of arguments of a schema as structs.
+// Registers functions that take runs of arguments of a schema as structs, and keeps their types as
+// the library was compiled with them: torch compares these with the schema when they are called.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace modmask {
 
@@ -90,6 +96,70 @@ struct Unstructured<function> {
   using Call = Of<typename List::Types>;
 };
 
+// The name of a type in a schema.
+template <typename T>
+struct SchemaType;
+template <>
+struct SchemaType<torch::stable::Tensor> {
+  static std::string name() {
+    return "Tensor";
+  }
+};
+template <>
+struct SchemaType<int64_t> {
+  static std::string name() {
+    return "int";
+  }
+};
+template <>
+struct SchemaType<double> {
+  static std::string name() {
+    return "float";
+  }
+};
+template <>
+struct SchemaType<bool> {
+  static std::string name() {
+    return "bool";
+  }
+};
+template <typename T>
+struct SchemaType<std::optional<T>> {
+  static std::string name() {
+    return "Optional[" + SchemaType<T>::name() + "]";
+  }
+};
+template <typename T>
+struct SchemaType<std::vector<T>> {
+  static std::string name() {
+    return "List[" + SchemaType<T>::name() + "]";
+  }
+};
+template <typename... Ts>
+struct SchemaType<std::tuple<Ts...>> {
+  static std::string name() {
+    std::string all;
+    (..., (all += (all.empty() ? "" : ", ") + SchemaType<Ts>::name()));
+    return all;
+  }
+};
+
+template <typename Result, typename... Ts>
+std::string signature_of(Result (*)(Ts...)) {
+  return "(" + SchemaType<std::tuple<std::decay_t<Ts>...>>::name() + ") -> (" +
+         SchemaType<Result>::name() + ")";
+}
+
+// One line for every function that this library registered.
+inline std::string& signatures() {
+  static std::string lines;
+  return lines;
+}
+
 }  // namespace modmask
 
-#define MODMASK_BOX(function) TORCH_BOX(&Unstructured<function>::Call::call)
+// In STABLE_TORCH_LIBRARY_IMPL(..., m).
+#define MODMASK_IMPL(m, name, function)                                  \
+  m.impl(name, TORCH_BOX(&modmask::Unstructured<function>::Call::call)); \
+  modmask::signatures() +=                                               \
+      name + modmask::signature_of(&modmask::Unstructured<function>::Call::call) + "\n"

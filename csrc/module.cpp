@@ -35,10 +35,15 @@ PyObject* set_capability(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
+PyObject* signatures(PyObject*, PyObject*) {
+  return PyUnicode_FromString(modmask::signatures().c_str());
+}
+
 PyMethodDef methods[] = {
     {"capability", capability, METH_NOARGS, "The CPU capability in use."},
     {"capabilities", capabilities, METH_NOARGS, "The CPU capabilities supported here, best first."},
     {"set_capability", set_capability, METH_O, "Use another supported CPU capability."},
+    {"signatures", signatures, METH_NOARGS, "The types of all kernels, as compiled, a line each."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("masked_conv", MODMASK_BOX(masked_conv));
-  m.impl("masked_conv_backward", MODMASK_BOX(masked_conv_backward));
+  MODMASK_IMPL(m, "masked_conv", masked_conv);
+  MODMASK_IMPL(m, "masked_conv_backward", masked_conv_backward);
 }
 
 }  // namespace modmask

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("masked_linear", MODMASK_BOX(masked_linear));
-  m.impl("masked_linear_backward", MODMASK_BOX(masked_linear_backward));
+  MODMASK_IMPL(m, "masked_linear", masked_linear);
+  MODMASK_IMPL(m, "masked_linear_backward", masked_linear_backward);
 }
 
 }  // namespace modmask

@@ -280,8 +280,8 @@ Eleven masked_rnn_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("masked_rnn", MODMASK_BOX(masked_rnn));
-  m.impl("masked_rnn_backward", MODMASK_BOX(masked_rnn_backward));
+  MODMASK_IMPL(m, "masked_rnn", masked_rnn);
+  MODMASK_IMPL(m, "masked_rnn_backward", masked_rnn_backward);
 }
 
 }  // namespace modmask

@@ -90,9 +90,9 @@ Tensor sample_mask_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("sample_mask", MODMASK_BOX(sample_mask));
-  m.impl("sample_mask_packed", MODMASK_BOX(sample_mask_packed));
-  m.impl("sample_mask_backward", MODMASK_BOX(sample_mask_backward));
+  MODMASK_IMPL(m, "sample_mask", sample_mask);
+  MODMASK_IMPL(m, "sample_mask_packed", sample_mask_packed);
+  MODMASK_IMPL(m, "sample_mask_backward", sample_mask_backward);
 }
 
 }  // namespace modmask

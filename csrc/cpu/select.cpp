@@ -176,8 +176,8 @@ Tensor select_conv(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("select_linear", TORCH_BOX(&select_linear));
-  m.impl("select_conv", MODMASK_BOX(select_conv));
+  MODMASK_IMPL(m, "select_linear", select_linear);
+  MODMASK_IMPL(m, "select_conv", select_conv);
 }
 
 }  // namespace modmask

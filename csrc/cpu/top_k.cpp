@@ -47,7 +47,7 @@ std::vector<Tensor> top_k_mask(std::vector<Tensor> scores, int64_t k, bool large
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CPU, m) {
-  m.impl("top_k_mask", TORCH_BOX(&top_k_mask));
+  MODMASK_IMPL(m, "top_k_mask", top_k_mask);
 }
 
 }  // namespace modmask

@@ -184,9 +184,9 @@ std::tuple<Tensor, Tensor> bias_gradients(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
-  m.impl("masked_product_cuda", MODMASK_BOX(product));
-  m.impl("masked_gradients_cuda", MODMASK_BOX(gradients));
-  m.impl("masked_bias_gradients_cuda", MODMASK_BOX(bias_gradients));
+  MODMASK_IMPL(m, "masked_product_cuda", product);
+  MODMASK_IMPL(m, "masked_gradients_cuda", gradients);
+  MODMASK_IMPL(m, "masked_bias_gradients_cuda", bias_gradients);
 }
 
 }  // namespace modmask::cuda

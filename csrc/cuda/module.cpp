@@ -4,6 +4,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "../boxing.h"
 #include "launch.h"
 
 namespace {
@@ -31,11 +32,16 @@ PyObject* rnn_fits(PyObject*, PyObject* arguments) {
   return PyBool_FromLong(plan.units > 0);
 }
 
+PyObject* signatures(PyObject*, PyObject*) {
+  return PyUnicode_FromString(modmask::signatures().c_str());
+}
+
 PyMethodDef methods[] = {
     {"toolkit_version", toolkit_version, METH_NOARGS, "CUDART_VERSION of the compiling toolkit."},
     {"problem", problem, METH_NOARGS, "Why the current device runs no kernel, or None."},
     {"rnn_fits", rnn_fits, METH_VARARGS,
      "Whether a time loop (cell, steps, rows, groups, hidden) runs in one launch here."},
+    {"signatures", signatures, METH_NOARGS, "The types of all kernels, as compiled, a line each."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

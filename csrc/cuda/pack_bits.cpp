@@ -21,7 +21,7 @@ Tensor pack_bits(Tensor mask) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
-  m.impl("pack_bits_cuda", TORCH_BOX(&pack_bits));
+  MODMASK_IMPL(m, "pack_bits_cuda", pack_bits);
 }
 
 }  // namespace modmask::cuda

@@ -160,10 +160,10 @@ Tensor mask_words(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
-  m.impl("sample_mask_cuda", MODMASK_BOX(sample_mask));
-  m.impl("sample_mask_packed_cuda", MODMASK_BOX(sample_mask_packed));
-  m.impl("mask_words_cuda", MODMASK_BOX(mask_words));
-  m.impl("sample_mask_backward_cuda", MODMASK_BOX(sample_mask_backward));
+  MODMASK_IMPL(m, "sample_mask_cuda", sample_mask);
+  MODMASK_IMPL(m, "sample_mask_packed_cuda", sample_mask_packed);
+  MODMASK_IMPL(m, "mask_words_cuda", mask_words);
+  MODMASK_IMPL(m, "sample_mask_backward_cuda", sample_mask_backward);
 }
 
 }  // namespace modmask::cuda

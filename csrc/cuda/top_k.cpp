@@ -47,7 +47,7 @@ std::vector<Tensor> top_k_mask(std::vector<Tensor> scores, int64_t k, bool large
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(modmask, CUDA, m) {
-  m.impl("top_k_mask_cuda", TORCH_BOX(&top_k_mask));
+  MODMASK_IMPL(m, "top_k_mask_cuda", top_k_mask);
 }
 
 }  // namespace modmask::cuda

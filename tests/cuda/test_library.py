@@ -63,6 +63,31 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SIGNATURES = """
+import importlib, sys, torch, modmask_kernels
+
+def by_schema(name):
+    schema = getattr(torch.ops.modmask, name).default._schema
+    taken, given = (", ".join(str(v.type) for v in vs) for vs in (schema.arguments, schema.returns))
+    return f"{name}({taken}) -> ({given})"
+
+library, = sys.argv[1:]
+compiled = importlib.import_module(f"modmask_kernels.{library}").signatures().splitlines()
+names = [line.split("(")[0] for line in compiled]
+assert compiled == [by_schema(name) for name in names]
+
+def registered(key):
+    found = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name.removeprefix("modmask::") for name in found if name.startswith("modmask::")}
+
+key = "CPU" if library == "_C" else "CUDA"
+assert set(names) <= registered(key) and len(set(names)) == len(names) > 8
+defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("modmask::")}
+missing = {name.removeprefix("modmask::").split(".")[0] for name in defined} - registered("CUDA")
+assert library == "_C" or not missing, missing
+"""
+
+
 class TestLoading:
     def run(self, folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MODMASK_")}
@@ -78,6 +103,12 @@ class TestLoading:
 
     def test_loads_where_pytorch_has_cuda(self, installed: Path) -> None:
         assert re.match(r"loaded, built with CUDA \d+\.\d", self.told(installed, "CUDA kernels"))
+
+    @pytest.mark.parametrize("library", ["_C", "_cuda"])
+    def test_kernels_fit_their_schemas(self, installed: Path, library: str) -> None:
+        """Types as compiled beside the schema's: a call, on a device, would be first to tell."""
+        done = self.run(installed, "-c", SIGNATURES, library)
+        assert done.returncode == 0, done.stderr
 
     def test_is_not_loaded_before_it_is_needed(self, installed: Path) -> None:
         code = (
