@@ -1,7 +1,10 @@
 // Masked products of few rows, forward and backward, and products with selected masks.
-#include "mask_call.h"
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
 
-#include "cuda/masked_linear.cuh"
+#include "linear_call.h"
+#include "mask_call.h"
 
 using namespace modmask::cuda;
 
@@ -9,14 +12,9 @@ namespace {
 
 MaskedLinear layer(const Call& call) {
   MaskedLinear l{};
-  call.with_dtype("dtype", [&](auto t) {
-    using T = decltype(t);
-    l.type = std::is_same<T, float>::value    ? ElementType::kFloat32
-             : std::is_same<T, __half>::value ? ElementType::kFloat16
-                                              : ElementType::kBFloat16;
-    l.weight = call.pointer<const T>("weight");
-    l.bias = call.pointer<const T>("bias");
-  });
+  l.type = call.element_type("dtype");
+  l.weight = call.typed("dtype", "weight");
+  l.bias = call.typed("dtype", "bias");
   l.mask = mask_params(call);
   l.mask.among = 0;  // n of m is packed
   l.hard = call.integer("hard", 1) != 0;
@@ -39,29 +37,7 @@ MaskedLinear layer(const Call& call) {
 
 // An operand or result with the dtype of the layer.
 void* typed(const Call& call, const std::string& name) {
-  void* found = nullptr;
-  call.with_dtype("dtype", [&](auto t) { found = call.pointer<decltype(t)>(name); });
-  return found;
-}
-
-template <MaskMode kMode, bool kSoft, int kRows>
-void product(const Call& call, const LinearParams& p) {
-  call.launch(p.plan.shape, [&] {
-    p.plan.backward ? masked_linear_dx<kMode, kSoft, kRows>(p)
-                    : masked_linear_forward<kMode, kSoft, kRows>(p);
-  });
-}
-
-template <MaskMode kMode>
-void hard_product(const Call& call, const LinearParams& p) {
-  switch (p.plan.job_rows) {
-    case 1:
-      return product<kMode, false, 1>(call, p);
-    case 4:
-      return product<kMode, false, 4>(call, p);
-    default:
-      return product<kMode, false, 8>(call, p);
-  }
+  return call.typed("dtype", name);
 }
 
 // A product from its plan to its end, by the kernels that the launchers choose.
@@ -69,15 +45,20 @@ void whole_product(const Call& call, bool backward) {
   const MaskedLinear l = layer(call);
   LinearParams p = linear_params(l, backward, typed(call, backward ? "dy" : "x"), nullptr);
   const FinishParams sized = finish_params(p, nullptr);
-  std::vector<float> partials(sized.splits * l.batch() * sized.columns, NAN);
-  call.device.buffer("partials", partials.data(), partials.size() * 4, 4);
-  p.partials = partials.data();
+  const size_t count = sized.splits * l.batch() * sized.columns;
+  // of very many, pages exist that are touched
+  const std::unique_ptr<void, decltype(&free)> partials(calloc(count, sizeof(float)), free);
+  p.partials = static_cast<float*>(partials.get());
+  if (count < 1 << 20) {
+    std::fill_n(p.partials, count, NAN);
+  }
+  call.device.buffer("partials", p.partials, count * 4, 4);
   if (l.packed.bits != nullptr) {
-    hard_product<MaskMode::kPacked>(call, p);
+    run_hard_product<MaskMode::kPacked>(call, p);
   } else if (!l.hard) {
-    product<MaskMode::kGeneral, true, 8>(call, p);
+    run_product<MaskMode::kGeneral, true, 8>(call, p);
   } else if (mode_of(l.mask) == MaskMode::kPlain) {
-    hard_product<MaskMode::kPlain>(call, p);
+    run_hard_product<MaskMode::kPlain>(call, p);
   } else {
     throw std::invalid_argument("bits: these masks must be packed");
   }

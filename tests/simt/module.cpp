@@ -75,6 +75,7 @@ PYBIND11_MODULE(simt_kernels, m) {
   py::class_<simt::Device>(m, "Device")
       .def(py::init<uint64_t>(), py::arg("seed") = 0)
       .def("run", &run)
+      .def("only_ends", &simt::Device::only_ends)
       .def("traffic", &traffic)
       .def("reset_traffic", &simt::Device::reset_traffic);
 }

@@ -161,6 +161,36 @@ Packed unpack(uint64_t v) {
   return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
 }
 
+// By index; of very many only those that were asked for exist.
+template <typename T>
+class Table {
+ public:
+  void reset(size_t size) {
+    few_ = size <= size_t{1} << 22;
+    dense_.assign(few_ ? size : 0, T());
+    sparse_.clear();
+  }
+  T get(size_t i) const {
+    if (few_) {
+      return dense_[i];
+    }
+    const auto found = sparse_.find(i);
+    return found == sparse_.end() ? T() : found->second;
+  }
+  void set(size_t i, T v) {
+    if (few_) {
+      dense_[i] = v;
+    } else {
+      sparse_[i] = v;
+    }
+  }
+
+ private:
+  bool few_ = true;
+  std::vector<T> dense_;
+  std::unordered_map<size_t, T> sparse_;
+};
+
 struct Region {
   std::string name;
   unsigned char* begin = nullptr;
@@ -168,8 +198,8 @@ struct Region {
   size_t element = 1;
   bool shared = false;
   bool used = false;  // in this launch
-  std::vector<Cell> cells;
-  std::vector<bool> read, written;  // by sectors
+  Table<Cell> cells;
+  Table<bool> read, written;  // by sectors
   Traffic traffic;
 };
 
@@ -234,8 +264,10 @@ std::string text(Place place) {
   return std::string(slash == nullptr ? place.file : slash + 1) + ":" + std::to_string(place.line);
 }
 
-uint3 unravel(uint32_t linear, dim3 of) {
-  return {linear % of.x, linear / of.x % of.y, linear / of.x / of.y};
+uint3 unravel(size_t linear, dim3 of) {
+  return {
+      static_cast<unsigned>(linear % of.x), static_cast<unsigned>(linear / of.x % of.y),
+      static_cast<unsigned>(linear / of.x / of.y)};
 }
 
 size_t volume(dim3 d) {
@@ -264,6 +296,8 @@ struct Device::State {
   std::string error;
   uint32_t grid_phase = 0;
   int idle_rounds = 0;
+  size_t ends = 0;            // of a grid, what runs at either end; 0: all
+  std::vector<size_t> order;  // the blocks that run, by their places in the grid
 
   uint32_t id_of(Place place) {
     const uint64_t key =
@@ -281,7 +315,7 @@ struct Device::State {
   std::string who(uint64_t access) const {
     const Packed p = unpack(access);
     return "thread " + text(unravel(p.thread, shape.block)) + " of block " +
-           text(unravel(p.block, shape.grid)) + " at " + text(places[p.place]);
+           text(unravel(order[p.block], shape.grid)) + " at " + text(places[p.place]);
   }
 
   bool ordered(const Packed& before, const Packed& now_, bool shared) const {
@@ -299,7 +333,7 @@ struct Device::State {
 
   void check_cell(Region& r, size_t i, Access access, uint64_t packed) {
     static const char* const kNames[] = {"reads", "writes", "changes (atomically)"};
-    Cell& cell = r.cells[i];
+    Cell cell = r.cells.get(i);
     const Packed mine = unpack(packed);
     const auto clash = [&](uint64_t other, const char* other_name) {
       if (other != 0 && !ordered(unpack(other), mine, r.shared)) {
@@ -339,6 +373,7 @@ struct Device::State {
         cell.reads[1] = packed;
         break;
     }
+    r.cells.set(i, cell);
   }
 
   void check(
@@ -369,12 +404,12 @@ struct Device::State {
       return;
     }
     r.traffic.accesses += 1;
-    const auto count = [&](std::vector<bool>& seen, uint64_t& sectors, uint64_t& total) {
+    const auto count = [&](Table<bool>& seen, uint64_t& sectors, uint64_t& total) {
       total += bytes;
       const size_t origin = begin / kSector;
       for (size_t s = address / kSector; s <= (address + bytes - 1) / kSector; ++s) {
-        if (!seen[s - origin]) {
-          seen[s - origin] = true;
+        if (!seen.get(s - origin)) {
+          seen.set(s - origin, true);
           ++sectors;
         }
       }
@@ -658,7 +693,7 @@ struct Device::State {
   void prepare(Block& b, uint32_t linear, size_t first_fiber, void (*entry)()) {
     const size_t threads = volume(shape.block);
     b.linear = linear;
-    b.index = unravel(linear, shape.grid);
+    b.index = unravel(order[linear], shape.grid);
     b.phase = 0;
     b.static_bytes = 0;
     b.threads.clear();
@@ -702,7 +737,7 @@ struct Device::State {
     b.memory.emplace_back(new unsigned char[bytes]);
     r.begin = b.memory.back().get();
     memset(r.begin, 0xFF, bytes);
-    r.cells.assign(bytes / element, Cell());
+    r.cells.reset(bytes / element);
   }
 };
 
@@ -768,7 +803,10 @@ void Device::launch(const Shape& shape, const std::function<void()>& kernel, boo
   if (threads == 0 || threads > 1024 || shape.block.z > 64) {
     throw Error("launch: a block of " + std::to_string(threads) + " threads");
   }
-  if (blocks == 0 || shape.grid.y > 65535 || shape.grid.z > 65535 || blocks >> kBits[1] != 0) {
+  const bool some = s.ends > 0 && blocks > 2 * s.ends;
+  const size_t running = some ? 2 * s.ends : blocks;
+  if (blocks == 0 || shape.grid.x > 0x7FFFFFFFu || shape.grid.y > 65535 || shape.grid.z > 65535 ||
+      running >> kBits[1] != 0 || (some && cooperative)) {
     throw Error("launch: a grid of " + std::to_string(blocks) + " blocks");
   }
   if (shape.shared > 232448) {
@@ -781,10 +819,10 @@ void Device::launch(const Shape& shape, const std::function<void()>& kernel, boo
   s.grid_phase = 0;
   s.idle_rounds = 0;
   for (auto& b : s.buffers) {
-    b->cells.assign((b->bytes + b->element - 1) / b->element, Cell());
+    b->cells.reset((b->bytes + b->element - 1) / b->element);
     const size_t sectors = b->bytes / kSector + 2;
-    b->read.assign(sectors, false);
-    b->written.assign(sectors, false);
+    b->read.reset(sectors);
+    b->written.reset(sectors);
   }
   s.blocks.clear();
   const size_t at_once = cooperative ? blocks : 1;
@@ -798,19 +836,23 @@ void Device::launch(const Shape& shape, const std::function<void()>& kernel, boo
     together.push_back(&b);
   }
   // blocks in any order, as on a device
-  std::vector<uint32_t> order(blocks);
-  for (size_t i = 0; i < blocks; ++i) {
-    order[i] = static_cast<uint32_t>(i);
+  s.order.resize(running);
+  for (size_t i = 0; i < running; ++i) {
+    s.order[i] = i < running / 2 ? i : blocks - running + i;
   }
-  for (size_t i = blocks; i > 1; --i) {
-    std::swap(order[i - 1], order[s.random.next() % i]);
+  for (size_t i = running; i > 1; --i) {
+    std::swap(s.order[i - 1], s.order[s.random.next() % i]);
   }
-  for (size_t first = 0; first < blocks; first += at_once) {
+  for (size_t first = 0; first < running; first += at_once) {
     for (size_t i = 0; i < at_once; ++i) {
-      s.prepare(*together[i], order[first + i], i * threads, entry);
+      s.prepare(*together[i], static_cast<uint32_t>(first + i), i * threads, entry);
     }
     s.run(together);
   }
+}
+
+void Device::only_ends(size_t blocks) {
+  state_->ends = blocks;
 }
 
 std::map<std::string, Traffic> Device::traffic() const {

@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <vector>
 
-#define __global__
+#define __global__ inline  // as on a device, every file may have its own
 #define __device__
 #define __host__
 #define __constant__ static
@@ -131,6 +131,9 @@ class Device {
 
   // Runs all blocks one after the other, or all at once where they wait for each other.
   void launch(const Shape& shape, const std::function<void()>& kernel, bool cooperative = false);
+
+  // Of every grid from now on, only so many blocks at either end run; 0: all.
+  void only_ends(size_t blocks);
 
   std::map<std::string, Traffic> traffic() const;
   void reset_traffic();
