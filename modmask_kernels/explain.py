@@ -17,11 +17,14 @@ from .nn import (
     SelectAny,
     SelectModule,
 )
+from .nn.masked_rnn import MaskedRecurrent
 from .nn.masked_transposed import InsOuts
 from .ops._blocks import scaled_side
 from .ops.masked_conv import gpu as conv_gpu
 from .ops.masked_linear import explain as explain_product
 from .ops.masked_linear import gpu
+from .ops.masked_rnn import gpu as rnn_gpu
+from .ops.select import gpu as select_gpu
 
 _LINEAR = (MaskedLinear, MaskedMultiheadAttention, MaskedHuggingFaceConv1D)
 _CONVOLUTIONS = (MaskedConv1d, MaskedConv2d, MaskedConvTranspose1d, MaskedConvTranspose2d)
@@ -57,7 +60,9 @@ def explain(subject: nn.Module | Tensor) -> str:
         elif isinstance(module, SelectAny):
             lines.append(f"{name or '(root)'}: general path (once per set that rows choose)")
         elif isinstance(module, SelectModule):
-            backend, reason = explain_product(module.get_parameter(module.masked[0]))
+            parameter = module.get_parameter(module.masked[0])
+            told = select_gpu.explain if parameter.is_cuda else explain_product
+            backend, reason = told(parameter)
             lines.append(f"{name or '(root)'}: {backend} ({reason})")
     return "\n".join(lines) or "no masked layers"
 
@@ -71,6 +76,15 @@ def _explain_layer(module: MaskedModule) -> tuple[str, str]:
         backend, reason = conv_gpu.explain(*of, transposed=isinstance(module, InsOuts))
     elif parameter.is_cuda and isinstance(module, _LINEAR):
         backend, reason = gpu.explain(*of)
+    elif parameter.is_cuda and isinstance(module, MaskedRecurrent):
+        names = [n for n in module.masked if n.startswith("weight_hh")]
+        of_hidden = (
+            module.get_parameter(names[0]),
+            module.logits_of(names[0]),
+            module.samples,
+            module.estimator,
+        )
+        backend, reason = rnn_gpu.explain("lstm" if module.states == 2 else "gru", *of_hidden)
     if logits.shape[1:] == parameter.shape:
         return backend, reason
     if isinstance(module, InsOuts):

@@ -6,9 +6,11 @@
 #include <cstdint>
 
 #include "element.h"
+#include "group_affine.h"
 #include "mask_params.h"
 #include "masked_linear.h"
 #include "masked_rnn.h"
+#include "select.h"
 
 struct CUstream_st;
 
@@ -68,6 +70,13 @@ RnnSizes plan_rnn_here(Cell cell, int64_t steps, int64_t rows, int64_t groups, i
 void launch_rnn_forward(Cell cell, const RnnForward& p, Stream stream);
 void launch_rnn_backward(Cell cell, const RnnBackward& p, Stream stream);
 
+// The same step by step, of any sizes; `layer` is rnn_layer's and the parts of its product take
+// masked_linear_partials values.
+void launch_rnn_steps_forward(
+    Cell cell, const RnnStepsForward& p, const MaskedLinear& layer, Stream stream);
+void launch_rnn_steps_backward(
+    Cell cell, const RnnStepsBackward& p, const MaskedLinear& layer, Stream stream);
+
 // What launch_top_k needs of device memory, in bytes, and where in the workspace a word is left
 // that is not 0 if a score is NaN.
 constexpr int64_t kTopKNan = 24;
@@ -108,6 +117,9 @@ void launch_top_k_cuts(
 // How many values `partials` needs for a product forward or, `backward`, to the input. No launch
 // here is for an empty batch, input or output.
 int64_t masked_linear_partials(const MaskedLinear& l, bool backward);
+// The parts of a product, which are to be added up; returns how many there are.
+int64_t launch_masked_linear_parts(
+    const MaskedLinear& l, bool backward, const void* from, float* partials, Stream stream);
 // y: [batch, out], from x [batch, in]
 void launch_masked_linear(
     const MaskedLinear& l, const void* x, float* partials, void* y, Stream stream);
@@ -125,5 +137,23 @@ void launch_masked_linear_gradients(
 // sums: dy [sets * samples, out], added up over the rows of each group; the results may be null
 void launch_bias_gradients(
     const MaskedLinear& l, const float* sums, void* dbias, float* dbias_logits, Stream stream);
+
+// y of x, or of dy as x the gradient of x; none of its sizes 0, as of all that follows.
+void launch_group_affine(const GroupAffine& a, const void* x, void* y, Stream stream);
+// How many values `partials` needs.
+int64_t group_affine_partials(const GroupAffine& a);
+// x may be null where dscale is; dx, dscale and dshift may be null.
+void launch_group_affine_backward(
+    const GroupAffine& a,
+    const void* dy,
+    const void* x,
+    void* dx,
+    float* partials,
+    float* dscale,
+    float* dshift,
+    Stream stream);
+
+// Neither the batch nor the outputs nor the places are none.
+void launch_selected_product(const Selected& p, bool convolution, Stream stream);
 
 }  // namespace modmask::cuda

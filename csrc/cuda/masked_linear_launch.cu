@@ -26,7 +26,7 @@ void launch_hard_product(const LinearParams& p, Stream stream) {
   }
 }
 
-void launch_whole_product(const LinearParams& p, void* to, Stream stream) {
+void launch_parts(const LinearParams& p, Stream stream) {
   if (p.layer.packed.bits != nullptr) {
     launch_hard_product<MaskMode::kPacked>(p, stream);
   } else if (p.layer.hard) {
@@ -34,6 +34,10 @@ void launch_whole_product(const LinearParams& p, void* to, Stream stream) {
   } else {
     launch_product<MaskMode::kGeneral, true, 8>(p, stream);
   }
+}
+
+void launch_whole_product(const LinearParams& p, void* to, Stream stream) {
+  launch_parts(p, stream);
   const FinishParams finish = finish_params(p, to);
   launch("finish_linear", finish_linear, finish_shape(finish), finish, stream);
 }
@@ -43,6 +47,13 @@ void launch_whole_product(const LinearParams& p, void* to, Stream stream) {
 int64_t masked_linear_partials(const MaskedLinear& l, bool backward) {
   const LinearParams p = linear_params(l, backward, nullptr, nullptr);
   return p.plan.splits * l.batch() * (backward ? l.in : l.out);
+}
+
+int64_t launch_masked_linear_parts(
+    const MaskedLinear& l, bool backward, const void* from, float* partials, Stream stream) {
+  const LinearParams p = linear_params(l, backward, from, partials);
+  launch_parts(p, stream);
+  return p.plan.splits;
 }
 
 void launch_masked_linear(

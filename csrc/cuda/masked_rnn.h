@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "masked_linear.h"
+
 namespace modmask::cuda {
 
 enum class Cell { kLstm, kGru };
@@ -68,5 +70,60 @@ struct RnnBackward {
   float* dc0;     // of an LSTM
   uint32_t* arrivals;
 };
+
+// Of a loop that is cut into steps.
+struct RnnSteps {
+  int64_t steps;
+  int64_t rows;  // per group
+  int64_t groups;
+  int64_t hidden;
+
+  MODMASK_HOST_DEVICE int64_t batch() const {
+    return rows * groups;
+  }
+};
+
+// What the loops are given: as the kernels for all steps at once, and the product at each.
+struct RnnStepsForward {
+  RnnSteps size;
+  float* parts;        // of the product, filled at every step
+  const float* gates;  // [steps, batch, gates * hidden]
+  const float* hidden_bias;
+  const int64_t* lengths;
+  bool started;  // whether the first state may be other than 0
+  bool reverse;
+  float* y;
+  float* saved;
+  float* h_n;  // the first state, then the last
+  float* c_n;
+};
+
+struct RnnStepsBackward {
+  RnnSteps size;
+  float* parts;
+  const float* saved;
+  const float* dy;  // or null
+  const int64_t* lengths;
+  bool reverse;
+  float* dgates;
+  float* recurrent;
+  float* dh0;  // of the last state, then of the first
+  float* dc0;
+};
+
+// The layer of the product: `bits` as RnnMask has them, one mask for every group.
+inline MaskedLinear rnn_layer(const RnnSteps& s, const RnnMask& m, int gates) {
+  MaskedLinear l{};
+  l.type = ElementType::kFloat32;
+  l.mask.samples = m.samples;
+  l.mask.sets = s.groups / m.samples;
+  l.hard = true;
+  l.rows = s.rows;
+  l.in = s.hidden;
+  l.out = gates * s.hidden;
+  l.weight = m.weight;
+  l.packed = {const_cast<uint8_t*>(m.bits), m.set_stride, m.sample_stride};
+  return l;
+}
 
 }  // namespace modmask::cuda

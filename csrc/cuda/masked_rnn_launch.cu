@@ -2,6 +2,7 @@
 
 #include "launch.cuh"
 #include "masked_rnn.cuh"
+#include "rnn_cell.cuh"
 
 namespace modmask::cuda {
 
@@ -45,6 +46,46 @@ void launch_rnn_backward(Cell cell, const RnnBackward& p, Stream stream) {
     const LaunchShape shape = rnn_shape<Cell::kGru>(p.size, true);
     launch("rnn_backward<gru>", rnn_backward<Cell::kGru>, shape, p, stream, true);
   }
+}
+
+namespace {
+
+template <Cell kCell>
+void steps_forward(const RnnStepsForward& p, const MaskedLinear& layer, Stream stream) {
+  rnn_steps_forward<kCell>(
+      p,
+      [&](const float* state) {
+        return launch_masked_linear_parts(layer, false, state, p.parts, stream);
+      },
+      [&](const RnnCellForward& cell) {
+        launch("rnn_cell_forward", rnn_cell_forward<kCell>, rnn_cell_shape(p.size), cell, stream);
+      });
+}
+
+template <Cell kCell>
+void steps_backward(const RnnStepsBackward& p, const MaskedLinear& layer, Stream stream) {
+  rnn_steps_backward<kCell>(
+      p,
+      [&](const float* dgates) {
+        return launch_masked_linear_parts(layer, true, dgates, p.parts, stream);
+      },
+      [&](const RnnCellBackward& cell) {
+        launch("rnn_cell_backward", rnn_cell_backward<kCell>, rnn_cell_shape(p.size), cell, stream);
+      });
+}
+
+}  // namespace
+
+void launch_rnn_steps_forward(
+    Cell cell, const RnnStepsForward& p, const MaskedLinear& layer, Stream stream) {
+  cell == Cell::kLstm ? steps_forward<Cell::kLstm>(p, layer, stream)
+                      : steps_forward<Cell::kGru>(p, layer, stream);
+}
+
+void launch_rnn_steps_backward(
+    Cell cell, const RnnStepsBackward& p, const MaskedLinear& layer, Stream stream) {
+  cell == Cell::kLstm ? steps_backward<Cell::kLstm>(p, layer, stream)
+                      : steps_backward<Cell::kGru>(p, layer, stream);
 }
 
 }  // namespace modmask::cuda

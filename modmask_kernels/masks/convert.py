@@ -369,7 +369,7 @@ def mask_model(
             module with children that `also` names, those children are masked that it accepts too.
         also: further types of modules, `torch.nn.LayerNorm` or one of your own, whose parameters at
             any depth are masked by the general path: the module runs once per group, with a masked
-            copy of its parameters (`nn.MaskedAny`).
+            copy of its parameters, normalisations once for all (`nn.MaskedAny`).
         bias: whether biases are masked as well.
         tau, init: temperature (None: 2/3 for hard_concrete, else 1), and initial value of the
             logits.

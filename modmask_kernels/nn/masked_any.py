@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from ..ops import _group_affine
 from ..ops._masked_product import check_batch
 from .mask_options import MaskOptions, takes_mask_options
 from .masked_module import MaskedModule, names_to_mask
@@ -39,9 +40,10 @@ class MaskedAny(MaskedModule):
     ``<name>_logits``, ``[sets, *shape]`` in float32 (smaller with a coarser granularity, for
     parameters of two dimensions or more), sit beside their parameters.
 
-    A batch normalisation that takes statistics of its batch takes those of the whole batch, as the
-    plain module does, since masks of its weights do not touch them; inside a module with children
-    it sees one group at a time.
+    A normalisation by itself runs once, for the whole batch: masks of its weights do not touch what
+    it computes before them, and scale and shift of every group are one operation more. So a batch
+    normalisation takes the statistics of the whole batch, as the plain module does; inside a module
+    with children it sees one group at a time.
 
     Attributes:
         mode, active_sets, samples, tau, batch_dim, tensor_ids, set_names, sample_offset, seed: see
@@ -169,8 +171,8 @@ class MaskedAny(MaskedModule):
                     "mask the module around one that meets no batch"
                 )
             rows = check_batch(first, dim, sets, samples)
-            if isinstance(plain, _NormBase) and (plain.training or not plain.track_running_stats):
-                return self._normalise(first, groups, seed, mode)
+            if _is_norm(plain) and first is not None:
+                return self._normalise(first, groups, dim, seed, mode)
             cut = _Cut(groups, dim, rows)
             args, kwargs = cut.prepare(plain, args, kwargs)
 
@@ -187,8 +189,10 @@ class MaskedAny(MaskedModule):
             return cut.join(y), *(_Cut(groups, 1, cut.rows).join(s) for s in state)
         return cut.join(outputs)
 
-    def _normalise(self, x: Any, groups: int, seed: Tensor | None, mode: str) -> Tensor:
-        """Statistics of the whole batch, then weight and bias of every group."""
+    def _normalise(
+        self, x: Tensor, groups: int, dim: int, seed: Tensor | None, mode: str
+    ) -> Tensor:
+        """The whole batch normalised at once, then scaled and shifted by every group's values."""
         plain: nn.Module = self.__dict__["_plain"]
         tensors = self._tensors()
         neutral = {
@@ -197,23 +201,29 @@ class MaskedAny(MaskedModule):
             if name in tensors
         }
         y: Tensor = functional_call(plain, {**tensors, **neutral}, (x,))
-        if "weight" not in tensors:
-            return y
-        shape = (-1,) + (1,) * (y.dim() - 2)
-        parts = []
-        for g, part in enumerate(y.chunk(groups)):
-            chosen = {**tensors, **self._masked_group(g, mode, seed)}
-            weight, bias = (chosen[n].to(y.dtype).view(shape) for n in ("weight", "bias"))
-            parts.append(part * weight + bias)
-        return torch.cat(parts)
+        values = {name: self._of_groups(name, groups, mode, seed).flatten(1) for name in neutral}
+        last = getattr(plain, "normalized_shape", None)  # else channels are in dimension 1
+        channel_dim = 1 if last is None else y.dim() - len(cast("tuple[int, ...]", last))
+        y = _group_affine.group_affine(
+            y.movedim(dim, 0), values["weight"], values.get("bias"), channel_dim
+        )
+        return y.movedim(0, dim)
 
     def cost(self) -> str:
         """What a forward pass in mode "sample" does, in words."""
         values = [self._parameter(name) for name in self.masked]
         count = sum(p.numel() for p in values)
         size = sum(p.numel() * p.element_size() for p in values)
+        plain: nn.Module = self.__dict__["_plain"]
+        if _is_norm(plain):
+            why = _group_affine.unserved(values[0].dtype, values[0].device)
+            by = "the cuda kernels" if why is None else why
+            return (
+                f"one call of {type(plain).__name__} per batch, scaled and shifted by "
+                f"{count:,} masked values in each of {self.sets * self.samples} groups: {by}"
+            )
         return (
-            f"{self.sets * self.samples} calls of {type(self.__dict__['_plain']).__name__} per "
+            f"{self.sets * self.samples} calls of {type(plain).__name__} per "
             f"batch, each with a masked copy of {count:,} values, {size:,} bytes"
         )
 
@@ -226,6 +236,13 @@ class MaskedAny(MaskedModule):
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, PackedSequence)
+
+
+def _is_norm(plain: nn.Module) -> bool:
+    """Whether it normalises, then scales and shifts by its weight and bias."""
+    kinds = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    own = any(type(plain).forward is kind.forward for kind in kinds)
+    return (own or isinstance(plain, _NormBase)) and plain._parameters.get("weight") is not None
 
 
 def _has_no_forward(module: nn.Module) -> bool:

@@ -397,6 +397,22 @@ class MaskedModule(nn.Module):
         parameter = self._parameter(name)
         return times_blocks(parameter, mask.to(parameter.dtype))
 
+    def _of_groups(self, name: str, groups: int, mode: str, seed: Tensor | None) -> Tensor:
+        """A parameter under the masks of all groups, [groups, *shape], at least in float32."""
+        parameter, logits = self._parameter(name), self._logits(name)
+        if logits is None:
+            return parameter.expand(groups, *parameter.shape)
+        rule = self._rule(mode)
+        rule |= {"tensor_id": self.tensor_ids[name], "n_of_m": self.n_of_m(name)}
+        if seed is None:
+            rule["seed"] = None
+            masks = torch.cat([ops.sample_mask(of_set, **rule) for of_set in logits])
+        else:
+            rule |= {"seed": seed.expand(logits.shape[0]), "samples": self.samples}
+            masks = ops.sample_mask(logits, sample_offset=self.sample_offset, **rule)
+            masks = masks.transpose(0, 1).flatten(0, 1)
+        return times_blocks(parameter.expand(groups, *parameter.shape), masks)
+
     def batch_dim_of(self, x: Tensor) -> int:
         """The dimension of the first input that the layer cuts into groups."""
         return self.batch_dim

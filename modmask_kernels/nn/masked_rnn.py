@@ -23,7 +23,7 @@ State = tuple[Tensor, ...]  # h, and c of an LSTM
 _PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _MaskedRecurrent(MaskedModule):
+class MaskedRecurrent(MaskedModule):
     """What layers and cells share."""
 
     dense_type: ClassVar[Any]
@@ -137,7 +137,7 @@ class _MaskedRecurrent(MaskedModule):
         return self.granularity == "weight" and self.proj_size == 0
 
 
-class _MaskedRNNLayer(_MaskedRecurrent):
+class _MaskedRNNLayer(MaskedRecurrent):
     """`MaskedLSTM` and `MaskedGRU`."""
 
     num_layers: int
@@ -498,7 +498,7 @@ class MaskedGRU(_MaskedRNNLayer):
         return y, last[0]
 
 
-class _MaskedCell(_MaskedRecurrent):
+class _MaskedCell(MaskedRecurrent):
     """`MaskedLSTMCell` and `MaskedGRUCell`."""
 
     weight_ih: Tensor

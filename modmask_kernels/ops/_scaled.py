@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import estimators
+from ._group_affine import group_affine
 from .estimators import GUMBEL_SIGMOID, Estimator
 from .sample_mask import sample_mask
 from .sample_mask.reference import mask_of_sample
@@ -48,30 +48,6 @@ def group_masks(
         antithetic=antithetic,
     )
     return masks.transpose(0, 1).flatten(0, 1)
-
-
-class _Scale(torch.autograd.Function):
-    """`t * values`, whose gradient of `values` is summed in float32 or better."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(t: Tensor, values: Tensor) -> Tensor:
-        return t * values.to(t.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        t, values = ctx.saved_tensors
-        need_t, need_values = ctx.needs_input_grad
-        dt = dy * values.to(dy.dtype) if need_t else None
-        dvalues = None
-        if need_values:
-            dvalues = (dy.to(values.dtype) * t).sum_to_size(values.shape)
-        return dt, dvalues
 
 
 def _of_groups(t: Tensor, groups: int) -> Tensor:
@@ -123,14 +99,11 @@ def scaled_product(
     groups = masks.shape[0]
 
     def scale(t: Tensor) -> Tensor:
-        parts = _of_groups(t, groups)
-        dim = channel_dim % t.dim() + 1
-        size, n = parts.shape[dim], weight.shape[side]
+        size, n = t.shape[channel_dim], weight.shape[side]
         values = masks.repeat_interleave(n // masks.shape[1], 1) if masks.shape[1] else masks
         # a grouped convolution has its inputs once per group
-        values = _along(values.repeat(1, size // n) if n else values, dim, parts.dim())
-        scaled: Tensor = _Scale.apply(parts, values)
-        return scaled.reshape(t.shape)
+        values = values.repeat(1, size // n) if n else values
+        return group_affine(t, values, None, channel_dim)
 
     if side == 1:
         x = scale(x)

@@ -292,7 +292,8 @@ class TestChecks:
     def test_every_operation_is_among_the_small_ones(self) -> None:
         names = {name.split(",")[0] for name, _ in small.calls(torch.device("cpu"))}
         assert {"sample_mask", "sample_mask_packed", "pack_bits", "top_k_mask"} < names
-        assert {"masked_linear", "masked_conv2d", "masked_lstm", "select_linear"} < names
+        assert {"masked_linear", "masked_conv2d", "masked_lstm", "normalisation"} < names
+        assert {"select_linear", "select_conv2d"} < names
 
 
 def test_what_is_committed_was_measured_on_a_gpu() -> None:

@@ -40,8 +40,10 @@ def product(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, **more:
     return Case(lambda t, options: (operation(*t.values(), **options, **more),), tensors)
 
 
-def recurrent(operation: Callable[..., Any], gates: int, hidden: int, inputs: int) -> Case:
-    tensors = {"x": random(5, 3 * GROUPS, inputs)}
+def recurrent(
+    operation: Callable[..., Any], gates: int, hidden: int, inputs: int, batch: int = 3 * GROUPS
+) -> Case:
+    tensors = {"x": random(5, batch, inputs)}
     for name, columns in (("weight_ih", inputs), ("weight_hh", hidden)):
         tensors[name] = random(gates * hidden, columns) / hidden**0.5
     for name, columns in (("logits_ih", inputs), ("logits_hh", hidden)):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import operations
 import pytest
 import torch
 from operations import CASES, by_reference
 from ops.tolerance import check_close
 
+import modmask_kernels as mm
 from modmask_kernels import _native, ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,15 +140,76 @@ def test_sampled_values(device: torch.device, hard: bool, tau: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_select_linear(device: torch.device, dtype: torch.dtype) -> None:
-    x, weight, bias = operations.random(9, 70), operations.random(33, 70), operations.random(33)
-    masks = ops.sample_mask_packed(operations.random(4, 33, 70).float(), seed=torch.arange(4))[0]
-    rows = torch.tensor([3, 0, 0, 2, 3, 3, 1, 0, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_layers_step_by_step(device: torch.device, cell: str, dtype: torch.dtype) -> None:
+    """More groups than a device has multiprocessors: no one launch has the whole loop."""
+    gates, operation = (4, ops.masked_lstm) if cell == "lstm" else (3, ops.masked_gru)
+    samples = 128
+    case = operations.recurrent(operation, gates, 6, 7, batch=operations.SETS * samples)
+    tensors = operations.moved(case, device, dtype)
+    ours = operations.results(case, tensors, samples=samples)
+    with by_reference():
+        plain = operations.results(case, tensors, samples=samples)
+    exact = operations.exact(case, tensors, samples=samples)
+    check_close((key, ours[key].cpu(), plain[key].cpu(), exact[key]) for key in ours)
+
+
+NORMS = {
+    "layer": (lambda: torch.nn.LayerNorm(37), (24, 5, 37)),
+    "batch": (lambda: torch.nn.BatchNorm2d(6), (12, 6, 7, 5)),
+    "group": (lambda: torch.nn.GroupNorm(2, 6), (12, 6, 70)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_masked_normalisations(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    make, shape = NORMS[name]
+    module = make()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    layer = mm.nn.MaskedAny.from_dense(module, sets=2, samples=2, mask_bias=True).train()
+    layer.seed = torch.tensor([5, 6])
+    x, upstream = (operations.random(*shape, seed=n).to(dtype) for n in (1, 2))
+
+    def run(there: torch.device, wide: torch.dtype) -> dict[str, torch.Tensor]:
+        moved = copy.deepcopy(layer).to(there, wide)
+        leaf = x.to(there, wide).requires_grad_()
+        names = ["x", "weight_logits", "bias_logits"]
+        leaves = [leaf, *(getattr(moved, n) for n in names[1:])]
+        y = moved(leaf)
+        found = torch.autograd.grad(y, leaves, upstream.to(y))
+        return {"y": y.detach().cpu()} | {n: d.cpu() for n, d in zip(names, found, strict=True)}
+
+    ours, exact = run(device, dtype), run(torch.device("cpu"), torch.float64)
+    with by_reference():
+        plain = run(device, dtype)
+    check_close((key, ours[key], plain[key], exact[key].double()) for key in ours)
+
+
+SELECTIONS = {
+    "few rows": ((9, 70), (33, 70), ops.select_linear),
+    "many rows": ((200, 70), (33, 70), ops.select_linear),
+    "positions": ((9, 30, 70), (33, 70), ops.select_linear),
+    "conv1d": ((9, 4, 40), (5, 4, 3), ops.select_conv1d),
+    "conv2d": ((9, 4, 9, 8), (70, 4, 3, 3), ops.select_conv2d),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    x_shape, weight_shape, operation = SELECTIONS[name]
+    x, weight = operations.random(*x_shape), operations.random(*weight_shape)
+    bias = operations.random(weight_shape[0])
+    logits = operations.random(4, *weight_shape).float()
+    masks = ops.sample_mask_packed(logits, seed=torch.arange(4))[0]
+    rows = torch.arange(x_shape[0]) * 7 % 4
     given = [t.to(dtype) for t in (x, weight, bias)]
 
     def run(x, weight, bias):
         there = x.device
-        return ops.select_linear(x, weight, masks.to(there), rows.to(there), bias).cpu()
+        return operation(x, weight, masks.to(there), rows.to(there), bias).cpu()
 
     ours = run(*(t.to(device) for t in given))
     exact = run(*(t.double() for t in given))

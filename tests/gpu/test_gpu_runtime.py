@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import operations
 import pytest
 import torch
 from operations import CASES, assert_same
+from ops.tolerance import check_close
 
+import modmask_kernels as mm
 from modmask_kernels import ops
 
 pytestmark = pytest.mark.gpu
@@ -72,10 +76,12 @@ def test_graphs_of_selections(device) -> None:
         operations.random(4, 33, 70).to(device, torch.float32),
         seed=torch.arange(4, device=device),
     )[0]
-    rows = torch.zeros(9, dtype=torch.int64, device=device)
+    rows = torch.zeros(90, dtype=torch.int64, device=device)
+    many = operations.random(90, 70).to(device, torch.float32)
 
     def select():
-        return ops.top_k_mask(scores, 777), ops.select_linear(x, weight, bits, rows)
+        few = ops.select_linear(x, weight, bits, rows[:9])
+        return ops.top_k_mask(scores, 777), few, ops.select_linear(many, weight, bits, rows)
 
     graph, recorded = record(select)
     for number in (1, 3):
@@ -84,6 +90,25 @@ def test_graphs_of_selections(device) -> None:
         graph.replay()
         found = [t.clone() for t in recorded]
         assert all(torch.equal(a, b) for a, b in zip(found, select(), strict=True))
+
+
+def test_recurrent_weights_that_do_not_fit_the_chip(device) -> None:
+    """Hidden size 1100: step by step, and said so."""
+    layer = mm.MaskedLSTM.from_dense(torch.nn.LSTM(16, 1100).to(device), samples=2)
+    layer.seed = torch.tensor([3], device=device)
+    assert "step by step" in mm.explain(layer)
+    x = operations.random(3, 8, 16).to(device, torch.float32)
+
+    def run(layer, x):
+        y, _ = layer(x)
+        logits = layer.weight_hh_l0_logits
+        return {"y": y.detach().cpu(), "d": torch.autograd.grad(y.sum(), logits)[0].cpu()}
+
+    ours = run(layer, x)
+    with operations.by_reference():
+        plain = run(layer, x)
+    exact = run(copy.deepcopy(layer).cpu().double(), x.cpu().double())
+    check_close((key, ours[key], plain[key], exact[key].double()) for key in ours)
 
 
 def test_streams(tensors, device) -> None:

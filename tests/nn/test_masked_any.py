@@ -520,12 +520,16 @@ def test_padding_rows_of_an_embedding_get_no_gradient():
 
 
 def test_explain_says_what_it_costs():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    mm.mask_model(model, sets=2, samples=4, also=[nn.LayerNorm], bias=True)
-    line = mm.explain(model).splitlines()[1]
-    assert line == (
-        "1: general path (8 calls of LayerNorm per batch, each with a masked copy of 8 values, "
-        "32 bytes)"
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.PReLU(4))
+    mm.mask_model(model, sets=2, samples=4, also=[nn.LayerNorm, nn.PReLU], bias=True)
+    norm, other = mm.explain(model).splitlines()[1:]
+    assert norm == (
+        "1: general path (one call of LayerNorm per batch, scaled and shifted by 8 masked values "
+        "in each of 8 groups: plain PyTorch on this device)"
+    )
+    assert other == (
+        "2: general path (8 calls of PReLU per batch, each with a masked copy of 4 values, "
+        "16 bytes)"
     )
 
 

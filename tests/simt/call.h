@@ -7,6 +7,8 @@
 
 #include "simt.h"
 
+#include "cuda/element.h"
+
 struct Argument {
   enum { kNone, kInteger, kNumber, kText, kArray } kind = kNone;
   int64_t integer = 0;
@@ -74,6 +76,20 @@ class Call {
     } else {
       throw std::invalid_argument(name + ": " + dtype);
     }
+  }
+
+  modmask::cuda::ElementType element_type(const std::string& name) const {
+    using modmask::cuda::ElementType;
+    const std::string dtype = text(name);
+    return dtype == "float32"   ? ElementType::kFloat32
+           : dtype == "float16" ? ElementType::kFloat16
+                                : ElementType::kBFloat16;
+  }
+  // The memory of an operand or result whose dtype argument `dtype` says.
+  void* typed(const std::string& dtype, const std::string& name) const {
+    void* found = nullptr;
+    with_dtype(dtype, [&](auto t) { found = pointer<decltype(t)>(name); });
+    return found;
   }
 
   // Runs a kernel; `Shape` is the launch shape of a .cuh file.

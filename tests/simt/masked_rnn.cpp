@@ -1,7 +1,7 @@
 // The time loop of masked recurrent layers.
-#include "call.h"
+#include "linear_call.h"
 
-#include "cuda/masked_rnn.cuh"
+#include "cuda/rnn_cell.cuh"
 
 using namespace modmask::cuda;
 
@@ -31,6 +31,32 @@ void with_cell(const Call& call, const F& f) {
     f(std::integral_constant<Cell, Cell::kGru>{});
   }
 }
+
+RnnSteps steps(const Call& call) {
+  return {
+      call.integer("steps"), call.integer("rows"), call.integer("groups"), call.integer("hidden")};
+}
+
+// The product of one step, as the loops call it; `parts` holds its parts.
+struct Product {
+  const Call& call;
+  const MaskedLinear layer;
+  const bool backward;
+  mutable std::vector<float> parts;
+
+  Product(const Call& call_, int gates, bool backward_)
+      : call(call_), layer(rnn_layer(steps(call_), mask(call_), gates)), backward(backward_) {
+    const LinearParams p = linear_params(layer, backward, nullptr, nullptr);
+    parts.resize(p.plan.splits * layer.batch() * (backward ? layer.in : layer.out), NAN);
+    call.device.buffer("parts", parts.data(), parts.size() * sizeof(float), sizeof(float));
+  }
+
+  int64_t operator()(const float* from) const {
+    const LinearParams p = linear_params(layer, backward, from, parts.data());
+    run_hard_product<MaskMode::kPacked>(call, p);
+    return p.plan.splits;
+  }
+};
 
 }  // namespace
 
@@ -82,5 +108,67 @@ KERNEL(rnn_backward) {
         call.pointer<float>("dc0"),
         call.pointer<uint32_t>("arrivals")};
     call.launch(rnn_shape<kCell>(p.size, true), [&] { rnn_backward<kCell>(p); }, true);
+  });
+}
+
+KERNEL(rnn_steps_forward) {
+  with_cell(call, [&](auto cell) {
+    constexpr Cell kCell = decltype(cell)::value;
+    Product product(call, kGateCount<kCell>, false);
+    const RnnStepsForward p{
+        steps(call),
+        product.parts.data(),
+        call.pointer<const float>("gates"),
+        call.pointer<const float>("hidden_bias"),
+        call.pointer<const int64_t>("lengths"),
+        call.integer("started") != 0,
+        call.integer("reverse") != 0,
+        call.pointer<float>("y"),
+        call.pointer<float>("saved"),
+        call.pointer<float>("h_n"),
+        call.pointer<float>("c_n")};
+    rnn_steps_forward<kCell>(p, product, [&](const RnnCellForward& c) {
+      call.launch(rnn_cell_shape(p.size), [&] { rnn_cell_forward<kCell>(c); });
+    });
+  });
+}
+
+KERNEL(rnn_steps_backward) {
+  with_cell(call, [&](auto cell) {
+    constexpr Cell kCell = decltype(cell)::value;
+    Product product(call, kGateCount<kCell>, true);
+    const RnnStepsBackward p{
+        steps(call),
+        product.parts.data(),
+        call.pointer<const float>("saved"),
+        call.pointer<const float>("dy"),
+        call.pointer<const int64_t>("lengths"),
+        call.integer("reverse") != 0,
+        call.pointer<float>("dgates"),
+        call.pointer<float>("recurrent"),
+        call.pointer<float>("dh0"),
+        call.pointer<float>("dc0")};
+    rnn_steps_backward<kCell>(p, product, [&](const RnnCellBackward& c) {
+      call.launch(rnn_cell_shape(p.size), [&] { rnn_cell_backward<kCell>(c); });
+    });
+  });
+}
+
+// One step by itself, without a product.
+KERNEL(rnn_cell_forward) {
+  with_cell(call, [&](auto cell) {
+    constexpr Cell kCell = decltype(cell)::value;
+    const RnnCellForward p{
+        steps(call),
+        {nullptr, 0},
+        call.pointer<const float>("gates"),
+        nullptr,
+        nullptr,
+        0,
+        call.pointer<float>("y"),
+        call.pointer<float>("saved"),
+        call.pointer<float>("h"),
+        call.pointer<float>("c")};
+    call.launch(rnn_cell_shape(p.size), [&] { rnn_cell_forward<kCell>(p); });
   });
 }

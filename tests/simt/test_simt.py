@@ -226,6 +226,7 @@ simt.Device(1).run("unchecked", x=x, y=y, shared={shared})
 def test_kernels_under_address_sanitizer(sanitized, sanitizer):
     """One odd-sized test of each kind, whose kernels may reach memory past the checks."""
     names = ("counts", "n_of_m_of_any_m", "rows and 5", "selected_masks", "nan_is_found", "cut")
+    names += ("only_what_is_needed", "order_of_threads", "convolutions and 12")
     chosen = " or ".join(f"(test_{name})" for name in names)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, SIMT_TESTS],

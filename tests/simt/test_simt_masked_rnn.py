@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from ops.recurrent import WHOLE, check_whole
 from ops.tolerance import check_close
 
 from modmask_kernels import _native, ops
-from modmask_kernels.ops import _library, estimators
+from modmask_kernels.ops import _gpu, _library, estimators
 from modmask_kernels.ops import masked_rnn as masked_rnn_module
 from modmask_kernels.ops.masked_rnn import gpu
 from modmask_kernels.ops.masked_rnn.reference import CELLS, GATES, masked_rnn
@@ -115,7 +116,27 @@ def by_reference(c: Case, i: Inputs, dtype: torch.dtype) -> dict[str, torch.Tens
     )
 
 
-def run(simt, c: Case, i: Inputs, seed: int = 0) -> dict[str, torch.Tensor]:
+def steps_forward(device, arguments):
+    """What `rnn_forward` computes, step by step."""
+    c = {**arguments, "started": arguments["h0"] is not None}
+    for state, first in (("h_n", "h0"), ("c_n", "c0")):
+        if c.get(state) is not None:
+            c[state][:] = 0.0 if c[first] is None else c[first]
+    device.run("rnn_steps_forward", **c)
+
+
+def steps_backward(device, arguments):
+    c = dict(arguments)
+    for state, last in (("dh0", "dh_n"), ("dc0", "dc_n")):
+        if c.get(state) is not None:
+            c[state][:] = 0.0 if c[last] is None else c[last]
+    batch, hidden = c["dh0"].shape
+    if c["cell"] == "gru":
+        c["recurrent"] = np.full((batch, 3 * hidden), np.nan, np.float32)
+    device.run("rnn_steps_backward", **c)
+
+
+def run(simt, c: Case, i: Inputs, seed: int = 0, by: str = "launch") -> dict[str, torch.Tensor]:
     device = simt.Device(seed)
     batch = c.rows * c.groups
 
@@ -137,7 +158,7 @@ def run(simt, c: Case, i: Inputs, seed: int = 0) -> dict[str, torch.Tensor]:
     }
     mask = {
         "weight": i.weight.numpy(),
-        "bits": bits.numpy() if c.masked else None,
+        "bits": bits.numpy() if c.masked or by == "steps" else None,
         "set_stride": bits.shape[2],
         "sample_stride": bits.shape[1] * bits.shape[2],
         "samples": c.samples,
@@ -149,31 +170,37 @@ def run(simt, c: Case, i: Inputs, seed: int = 0) -> dict[str, torch.Tensor]:
         results["c_n"] = empty(batch, c.hidden)
     saved = empty(c.steps, batch, SAVED, c.hidden)
     bias = None if i.bias is None else i.bias.expand(c.groups, -1).contiguous()
-    device.run(
-        "rnn_forward",
+    arguments = {
         **common,
-        gates=i.gates.numpy(),
-        hidden_bias=numpy(bias),
-        h0=numpy(i.h0),
-        c0=numpy(i.c0),
-        h=empty(2, batch, c.hidden).numpy(),
-        saved=saved.numpy(),
-        arrivals=np.zeros(1, np.uint32),
+        "gates": i.gates.numpy(),
+        "hidden_bias": numpy(bias),
+        "h0": numpy(i.h0),
+        "c0": numpy(i.c0),
+        "h": empty(2, batch, c.hidden).numpy(),
+        "saved": saved.numpy(),
+        "arrivals": np.zeros(1, np.uint32),
         **{name: t.numpy() for name, t in results.items()},
-    )
+    }
+    if by == "steps":
+        steps_forward(device, arguments)
+    else:
+        device.run("rnn_forward", **arguments)
     dgates = empty(c.steps, batch, GRADIENTS, c.hidden)
     gradients = {"dh0": empty(batch, c.hidden)} | ({"dc0": empty(batch, c.hidden)} if lstm else {})
-    device.run(
-        "rnn_backward",
+    arguments = {
         **common,
-        saved=saved.numpy(),
-        dy=i.dy.numpy(),
-        dh_n=i.dh_n.numpy(),
-        dc_n=i.dc_n.numpy() if lstm else None,
-        dgates=dgates.numpy(),
-        arrivals=np.zeros(1, np.uint32),
+        "saved": saved.numpy(),
+        "dy": i.dy.numpy(),
+        "dh_n": i.dh_n.numpy(),
+        "dc_n": i.dc_n.numpy() if lstm else None,
+        "dgates": dgates.numpy(),
+        "arrivals": np.zeros(1, np.uint32),
         **{name: t.numpy() for name, t in gradients.items()},
-    )
+    }
+    if by == "steps":
+        steps_backward(device, arguments)
+    else:
+        device.run("rnn_backward", **arguments)
     recurrent = dgates[:, :, : GATES[c.cell]]
     extra = {"dbias": recurrent.flatten(2).sum((0, 1))} if i.bias is not None else {}
     kept = gradients if i.h0 is not None else {}
@@ -181,37 +208,30 @@ def run(simt, c: Case, i: Inputs, seed: int = 0) -> dict[str, torch.Tensor]:
     return results | {"dgates": of_input.flatten(2)} | kept | extra
 
 
+@pytest.mark.parametrize("by", ["launch", "steps"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_reference(simt, case):
+def test_against_the_reference(simt, case, by):
     inputs = Inputs(case)
-    ours = run(simt, case, inputs)
+    ours = run(simt, case, inputs, by=by)
     plain = by_reference(case, inputs, torch.float32)
     exact = by_reference(case, inputs, torch.float64)
     assert ours.keys() == plain.keys()
     check_close((name, ours[name], plain[name], exact[name]) for name in ours)
 
 
-def test_the_order_of_threads_changes_nothing(simt):
+@pytest.mark.parametrize("by", ["launch", "steps"])
+def test_the_order_of_threads_changes_nothing(simt, by):
     case = Case("lstm", 3, 5, 9, samples=2)
     inputs = Inputs(case)
-    first, second = (run(simt, case, inputs, seed) for seed in (1, 2))
+    first, second = (run(simt, case, inputs, seed, by) for seed in (1, 2))
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
 
 
-WHOLE = [
-    {},
-    {"bias": True, "mask_bias": True, "lengths": True},
-    {"bias": True, "reverse": True, "lengths": True},
-    {"seed": None, "reverse": True},
-    {"estimator": "hard_concrete", "antithetic": True, "states": False, "bias": True},
-    {"steps": 0},
-]
-
-
-@pytest.fixture
-def loops_on_simt(simt):
+@pytest.fixture(params=["launch", "steps"])
+def loops_on_simt(simt, request):
     """The operations of the time loop, for CPU tensors."""
+    by_steps = request.param == "steps"
 
     def sizes(weight, bits, cell, steps, batch, groups):
         return {
@@ -242,14 +262,17 @@ def loops_on_simt(simt):
             gates.new_empty(batch if CELLS[cell] == "lstm" else 0, hidden),
             gates.new_empty(steps, batch, SAVED, hidden),
         )
-        simt.Device().run(
-            "rnn_forward",
+        arguments = {
             **sizes(weight, bits, cell, steps, batch, groups),
             **given(gates=gates, hidden_bias=bias, h0=h0, c0=c0, lengths=lengths),
             **given(**dict(zip(("y", "h_n", "c_n", "saved"), results, strict=True))),
-            h=np.zeros((2, batch, hidden), np.float32),
-            reverse=reverse,
-        )
+            "h": np.zeros((2, batch, hidden), np.float32),
+            "reverse": reverse,
+        }
+        if by_steps:
+            steps_forward(simt.Device(), arguments)
+        else:
+            simt.Device().run("rnn_forward", **arguments)
         return results
 
     def loop_backward(saved, weight, bits, dy, dh_n, dc_n, lengths, cell, reverse, groups, samples):
@@ -259,13 +282,16 @@ def loops_on_simt(simt):
             saved.new_empty(batch, hidden),
             saved.new_empty(batch if CELLS[cell] == "lstm" else 0, hidden),
         )
-        simt.Device().run(
-            "rnn_backward",
+        arguments = {
             **sizes(weight, bits, cell, steps, batch, groups),
             **given(saved=saved, dy=dy, dh_n=dh_n, dc_n=dc_n, lengths=lengths),
             **given(**dict(zip(("dgates", "dh0", "dc0"), results, strict=True))),
-            reverse=reverse,
-        )
+            "reverse": reverse,
+        }
+        if by_steps:
+            steps_backward(simt.Device(), arguments)
+        else:
+            simt.Device().run("rnn_backward", **arguments)
         return results
 
     with torch.library._scoped_library("modmask", "IMPL") as library:
@@ -278,49 +304,7 @@ def loops_on_simt(simt):
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_whole_operation_around_the_loop(loops_on_simt, cell, options):
     """As on a GPU, with the products of the CPU, forward and backward."""
-    o = {"steps": 4, "bias": False, "mask_bias": False, "lengths": False, "states": True} | options
-    sets, samples, rows, inputs, hidden = 2, 2, 3, 5, 6
-    seed = o.get("seed", torch.tensor([3, 4]))
-    batch, width = rows * sets * (1 if seed is None else samples), GATES[cell] * hidden
-    g = torch.Generator().manual_seed(3)
-
-    def random(*shape, when=True):
-        return torch.randn(*shape, generator=g) if when else None
-
-    operands = [
-        random(o["steps"], batch, inputs),
-        random(batch, hidden, when=o["states"]),
-        random(batch, hidden, when=o["states"] and cell == "lstm"),
-        random(width, inputs),
-        random(width, hidden) / hidden**0.5,
-        random(sets, width, inputs),
-        random(sets, width, hidden),
-        *(random(width, when=o["bias"]) for _ in range(2)),
-        *(random(sets, width, when=o["mask_bias"]) for _ in range(2)),
-    ]
-    chosen = estimators.arguments(o.get("estimator", "gumbel_sigmoid"), o.get("antithetic", False))
-    lengths = torch.arange(batch) % (o["steps"] + 1) if o["lengths"] else None
-    rule = (CELLS.index(cell), o.get("reverse", False), (4, 5, 6, 7), 1, samples, 1.0, True)
-    rest = (seed, lengths, *rule, *chosen)
-    needs = sum(1 << i for i, t in enumerate(operands) if t is not None)
-    dy, dh_n = random(o["steps"], batch, hidden), random(batch, hidden)
-    dc_n = random(batch, hidden, when=cell == "lstm")
-
-    def exact(dtype):
-        wide = [None if t is None else t.to(dtype) for t in operands]
-        y, h_n, c_n, saved = masked_rnn_module._reference(*wide, *rest)
-        ds = (t if t is None else t.to(dtype) for t in (dy, dh_n, dc_n))
-        return [
-            y,
-            h_n,
-            c_n,
-            *masked_rnn_module._backward_reference(*ds, y, saved, *wide, *rest, needs),
-        ]
-
-    y, h_n, c_n, saved = gpu.forward(*operands, *rest)
-    ours = [y, h_n, c_n, *gpu.backward(dy, dh_n, dc_n, y, saved, *operands, *rest, needs)]
-    names = ["y", "h_n", "c_n", *("d" + name for name in masked_rnn_module._NAMES)]
-    check_close(zip(names, ours, exact(torch.float32), exact(torch.float64), strict=True))
+    check_whole(cell, options, gpu.forward, gpu.backward)
 
 
 @pytest.mark.parametrize(("cell", "hidden"), list(itertools.product(CELLS, (64, 256))))
@@ -344,12 +328,11 @@ def test_plans_fit_the_device(simt, cell, hidden):
         assert 4 * -(-hidden // units) <= multiprocessors
 
 
-def test_sizes_that_fit_no_device_go_to_the_reference(monkeypatch):
+def test_a_device_without_kernels_goes_to_the_reference(monkeypatch):
     served = {}
     monkeypatch.setattr(_library, "implement", lambda name, _, call: served.update({name: call}))
-    monkeypatch.setattr(_native, "cuda_unserved", lambda device: None)
-    asked = []
-    monkeypatch.setattr(_native, "rnn_fits", lambda device, *sizes: asked.append(sizes))
+    monkeypatch.setattr(_native, "cuda_unserved", lambda device: "too old")
+    monkeypatch.setattr(_gpu, "absent", lambda: "absent")
     module = masked_rnn_module
     gpu.serve(module._reference, module._backward_reference)
     x, weights = torch.randn(3, 8, 5), (torch.randn(8, 5), torch.randn(8, 2))
@@ -366,4 +349,31 @@ def test_sizes_that_fit_no_device_go_to_the_reference(monkeypatch):
     found = served["masked_rnn_backward"](*arguments)
     for t, exact in zip(found, module._backward_reference(*arguments), strict=True):
         assert torch.equal(t, exact)
-    assert asked == 2 * [(0, 3, 4, 2, 2)]
+
+
+def test_explain():
+    """One launch where the weight fits the chip, else steps; with Triton alone steps."""
+    weight, logits = torch.ones(24, 6), torch.zeros(2, 24, 6)
+
+    def explain(fits, kind):
+        return gpu.explain("lstm", weight, logits, 4, estimators.GUMBEL_SIGMOID, kind, fits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "cuda_loaded", lambda: True)
+        patch.setattr(_native, "cuda_unserved", lambda device: "not built")
+        assert explain(lambda *_: True, "cuda") == ("cuda", "the time loop in one launch")
+        assert "does not fit the chip" in explain(lambda *_: False, "cuda")[1]
+        asked = []
+
+        def up_to_16(device, cell, steps, rows, groups, hidden):
+            asked.append((cell, groups, hidden))
+            return rows <= 16
+
+        assert "up to 16 rows of a group, then step by step" in explain(up_to_16, "cuda")[1]
+        assert set(asked) == {(0, 8, 6)}
+        backend, why = explain(up_to_16, "triton")
+        assert backend == "triton"
+        assert "cells in PyTorch; cuda: not built" in why
+        patch.setattr(_gpu, "absent", lambda: "absent")
+        patch.setattr(_native, "cuda_loaded", lambda: False)
+        assert explain(up_to_16, None)[0] == "reference"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...nn import MaskedAny
 from ...ops import _gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,14 +69,23 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
             tensors[name].requires_grad_(False)
         return functools.partial(_backward, operation, tensors, seed=seed)
 
-    def recurrent(dtype: torch.dtype) -> None:
+    def recurrent(dtype: torch.dtype, samples: int = SAMPLES) -> None:
         of = functools.partial(_normal, device)
-        tensors = {"x": of(dtype, 3, 8, 7)}
+        tensors = {"x": of(dtype, 3, 2 * SETS * samples, 7)}
         tensors |= {"weight_ih": of(dtype, 72, 7), "weight_hh": of(dtype, 72, 18)}
         tensors |= {
             f"logits_{n}": of(torch.float32, SETS, 72, c) for n, c in (("ih", 7), ("hh", 18))
         }
-        _backward(lambda **given: ops.masked_lstm(**given)[0], tensors, seed=seed)
+        operation: Callable[..., Any] = ops.masked_lstm
+        y = operation(**tensors, seed=seed, samples=samples)[0]
+        torch.autograd.grad(y.float().square().sum(), list(tensors.values()))
+
+    def norm(dtype: torch.dtype, module: torch.nn.Module, *shape: int) -> None:
+        layer = MaskedAny.from_dense(module, sets=SETS, samples=SAMPLES, mask_bias=True)
+        layer.to(device, dtype).train()
+        x = _normal(device, dtype, *shape)
+        leaves = (x, layer.weight_logits, layer.bias_logits)
+        torch.autograd.grad(layer(x).float().square().sum(), leaves)
 
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -90,6 +100,14 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
                 step = product(ops.masked_conv2d, (4, 3, 7, 6), (5, 3, 3, 3), dtype, frozen)
                 yield f"masked_conv2d, {how}", chosen(step)
         yield f"masked_lstm, {name}", functools.partial(recurrent, dtype)
+        # more groups than multiprocessors
+        yield f"masked_lstm, {name}, step by step", functools.partial(recurrent, dtype, 80)
+        lines = torch.nn.BatchNorm2d(3), 4, 3, 5, 7
+        yield (
+            f"normalisation, {name}",
+            functools.partial(norm, dtype, torch.nn.LayerNorm(37), 8, 37),
+        )
+        yield f"normalisation, {name}, of images", functools.partial(norm, dtype, *lines)
         scores = _normal(device, dtype, 3001).detach()
         yield f"top_k_mask, {name}", functools.partial(ops.top_k_mask, scores, 777)
         bits = ops.sample_mask_packed(logits, seed=seed)[0]
@@ -98,6 +116,17 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
         yield (
             f"select_linear, {name}",
             functools.partial(ops.select_linear, x, weight, bits, rows_of),
+        )
+        rows_of = torch.arange(70, device=device) % SETS
+        x = _normal(device, dtype, 70, 70).detach()
+        yield (
+            f"select_linear, {name}, many rows",
+            functools.partial(ops.select_linear, x, weight, bits, rows_of),
+        )
+        x, weight = (_normal(device, dtype, *s).detach() for s in ((70, 2, 5, 4), (37, 2, 5, 7)))
+        yield (
+            f"select_conv2d, {name}",
+            functools.partial(ops.select_conv2d, x, weight, bits, rows_of, padding=3),
         )
 
 

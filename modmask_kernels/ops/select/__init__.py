@@ -24,8 +24,6 @@ _OPERANDS = (
 class _Selected:
     """A registered operation for inference."""
 
-    on_gpu = False
-
     def __init__(
         self,
         name: str,
@@ -41,6 +39,7 @@ class _Selected:
             return x.new_empty(shape(x, *rest))
 
         self._operation = getattr(torch.ops.modmask, name).default
+        gpu.serve(name, reference)
         self._traced = _library.without_gradient(
             name,
             "selection by row is for inference. Learn masks with masked_linear and masked_conv2d, "
@@ -50,7 +49,7 @@ class _Selected:
     def __call__(self, *arguments: Any) -> Tensor:
         y: Tensor
         x = arguments[0]
-        on_gpu = x.is_cuda and x.dtype in FUSED_DTYPES and self.on_gpu and _native.cuda_loaded()
+        on_gpu = x.is_cuda and x.dtype in FUSED_DTYPES and _native.cuda_loaded()
         if not uses_kernel(x) and not on_gpu:
             y = self._reference(*arguments)
         elif _library.traced() or torch.is_grad_enabled():
@@ -67,8 +66,6 @@ _linear = _Selected(
     reference.select_linear,
     lambda x, weight, *_: (*x.shape[:-1], weight.shape[0]),
 )
-_linear.on_gpu = True
-gpu.serve(reference.select_linear)
 _conv = _Selected(
     "select_conv",
     ", int[] stride, int[] padding, int[] dilation, int groups",
@@ -132,7 +129,9 @@ def _check_selection(
     ):
         if t is not None:
             _check.check_device(t, name, x, "x")
-    if not (_library.traced() or row_sets.is_meta or batch == 0):
+    # a graph that is being recorded cannot wait for the answer
+    recorded = row_sets.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not (_library.traced() or row_sets.is_meta or batch == 0 or recorded):
         low, high = (int(n) for n in row_sets.aminmax())
         if low < 0 or high >= sets:
             raise ValueError(
