@@ -1,4 +1,4 @@
-"""The command line: `modmask list | run | test | report | masks | bench | info`.
+"""The command line: `modmask list | run | sweep | test | report | masks | bench | info`.
 
 Standard library only, so that `modmask info` works wherever the package can be imported.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 
 if TYPE_CHECKING:
-    from .experiments import Run
+    from .experiments import Experiment, Run, Settings
 
 _PRESETS = (
     "presets: paper = the published settings, quick = the effect in minutes on two cores, smoke = "
@@ -51,14 +51,22 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="the experiments and their presets")
     _add_run(commands)
+    _add_sweep(commands)
     _add_test(commands)
 
     report = commands.add_parser(
         "report",
-        help="rebuild the report of a finished run",
-        description="Rebuild metrics.json, the figures and report.html of a finished run.",
+        help="rebuild the report of a finished run or sweep, or compare runs",
+        description="Rebuild metrics.json, the figures and report.html of a finished run, or of a "
+        "sweep. With several runs, of one experiment or of several: one page that compares them.",
     )
-    report.add_argument("run", type=Path, metavar="RUN", help="results folder")
+    report.add_argument("run", type=Path, metavar="RUN", nargs="+", help="results folder")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="with several runs: folder of the comparison [runs/comparison]",
+    )
     report.add_argument(
         "--summary",
         type=Path,
@@ -99,9 +107,22 @@ def _add_run(commands: Any) -> None:
         help="with --resume: run N seeds in all",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bars")
+    run.add_argument(
+        "--only", type=int, metavar="K", help="with --resume: run no seed but K, and no report"
+    )
+    _add_experiments(run, "run", "results folder")
+
+
+def _add_experiments(
+    command: argparse.ArgumentParser,
+    verb: str,
+    folder: str,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """One parser per experiment with the arguments that a new run of it takes."""
     from .experiments import EXPERIMENTS
 
-    names = run.add_subparsers(dest="experiment", metavar="EXPERIMENT", prog="modmask run")
+    names = command.add_subparsers(dest="experiment", metavar="EXPERIMENT", prog=f"modmask {verb}")
     for experiment in EXPERIMENTS.values():
         parser = names.add_parser(
             experiment.name,
@@ -110,8 +131,8 @@ def _add_run(commands: Any) -> None:
             epilog=_PRESETS + ".",
             # a mistyped setting must not start a run with another one
             allow_abbrev=False,
-            usage=f"modmask run {experiment.name} [--preset PRESET] [--seeds N] [--out DIR] "
-            "[SETTINGS]",
+            usage=f"modmask {verb} {experiment.name} {'--grid NAME=A,B ... ' if more else ''}"
+            "[--preset PRESET] [--seeds N] [--out DIR] [SETTINGS]",
         )
         parser.add_argument(
             "--preset",
@@ -133,19 +154,79 @@ def _add_run(commands: Any) -> None:
             "--out",
             type=Path,
             metavar="DIR",
-            help=f"results folder [runs/{experiment.name}-PRESET]",
+            help=f"{folder} [runs/{experiment.name}-PRESET{'-sweep' if more else ''}]",
         )
         parser.add_argument(
-            "--threads", type=_positive, metavar="N", help="threads to compute with [all cores]"
+            "--threads",
+            type=_positive,
+            metavar="N",
+            help=f"threads to compute with [{'1 per seed' if more else 'all cores'}]",
         )
         # not to overwrite a --quiet before the experiment's name
         parser.add_argument(
             "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars"
         )
+        if more is not None:
+            more(parser)
         settings = parser.add_argument_group(
             "settings", "each overrides the preset; its values are in square brackets"
         )
         experiment.settings_type.add_arguments(settings, experiment.presets)
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run an experiment over a grid of settings and seeds, or continue that",
+        usage="modmask sweep EXPERIMENT --grid NAME=A,B ... [--preset PRESET] [--seeds N] "
+        "[--launcher local|ray] [--out DIR] [SETTINGS]\n"
+        "       modmask sweep --resume SWEEP [--launcher local|ray] [--quiet]",
+        description="Run an experiment at every point of a grid of settings, each with the same "
+        "seeds, as processes beside each other on this machine or on a Ray cluster. Every point "
+        "gets an ordinary results folder, the sweep a page that compares them. What was "
+        "interrupted, even killed, continues with --resume.",
+        epilog="For instance: modmask sweep addmul-fnn --grid penalty=0.001,0.005,0.025 --seeds 3",
+    )
+    sweep.add_argument(
+        "--resume", type=Path, metavar="SWEEP", help="continue the sweep in this folder"
+    )
+
+    def launching(parser: argparse.ArgumentParser, **default: Any) -> None:
+        parser.add_argument(
+            "--launcher",
+            choices=("local", "ray"),
+            help="where the seeds run: processes on this machine, or a Ray cluster [local]",
+            **default,
+        )
+        parser.add_argument(
+            "--jobs",
+            type=_positive,
+            metavar="N",
+            help="seeds at a time with the local launcher [cores / threads]",
+            **default,
+        )
+        parser.add_argument(
+            "--address",
+            metavar="HOST:PORT",
+            help="of the Ray cluster, all of whose machines see the folder [RAY_ADDRESS, or a "
+            "cluster of this machine's cores for the sweep alone]",
+            **default,
+        )
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--grid",
+            nargs="+",
+            action="extend",
+            required=True,
+            metavar="NAME=A,B",
+            help="settings and their values; widths with semicolons between them",
+        )
+        launching(parser, default=argparse.SUPPRESS)
+
+    launching(sweep)
+    sweep.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_experiments(sweep, "sweep", "folder of the sweep", more)
 
 
 def _add_test(commands: Any) -> None:
@@ -222,7 +303,7 @@ def _info() -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from . import report
-    from .experiments import Run, get
+    from .experiments import Run
     from .experiments.run import say
 
     report.require()
@@ -239,13 +320,13 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.experiment is None:
         raise ValueError("name an experiment (see `modmask list`) or a run with --resume")
     else:
-        experiment = get(arguments.experiment)
-        overrides = experiment.settings_type.overrides(arguments)
-        settings = experiment.presets[arguments.preset].replace(**overrides)
-        path = arguments.out or Path("runs") / f"{experiment.name}-{arguments.preset}"
-        count = getattr(arguments, "seeds", 1)
-        seeds = list(range(arguments.first_seed, arguments.first_seed + count))
+        path, experiment, settings, seeds = _new(arguments, "")
         run = Run.create(path, experiment, arguments.preset, settings, seeds, arguments.threads)
+    if arguments.only is not None:
+        if arguments.resume is None:
+            raise ValueError("--only continues a run: modmask run --resume RUN --only K")
+        run.execute_seeds([arguments.only], progress=not arguments.quiet)
+        return
     say(
         f"{run.experiment.name}, preset {run.preset}, {len(run.seeds)} "
         f"seed{'s' if len(run.seeds) > 1 else ''}, {run.threads} "
@@ -258,6 +339,80 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"\nstopped; continue with: modmask run --resume {run.path}")
         raise
     print(run.write_report())
+
+
+def _new(
+    arguments: argparse.Namespace, suffix: str
+) -> tuple[Path, Experiment[Any], Settings, list[int]]:
+    """Folder, experiment, settings and seeds that the arguments of a new run state."""
+    from .experiments import get
+
+    experiment = get(arguments.experiment)
+    overrides = experiment.settings_type.overrides(arguments)
+    settings = experiment.presets[arguments.preset].replace(**overrides)
+    path = arguments.out or Path("runs") / f"{experiment.name}-{arguments.preset}{suffix}"
+    first, count = arguments.first_seed, getattr(arguments, "seeds", 1)
+    return path, experiment, settings, list(range(first, first + count))
+
+
+def _grid(words: Sequence[str], settings: Settings) -> dict[str, list[Any]]:
+    """The values of every setting of a grid: ["penalty=0.001,0.01"]."""
+    grid: dict[str, list[Any]] = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not values:
+            raise ValueError(f"--grid takes NAME=A,B,..., not {word!r}")
+        if name in grid:
+            raise ValueError(f"--grid names {name} twice")
+        several = isinstance(settings.to_dict().get(name), tuple)
+        grid[name] = [settings.parse(name, text) for text in values.split(";" if several else ",")]
+    return grid
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    import os
+
+    from . import report
+    from .experiments.run import say
+    from .experiments.sweep import Sweep, SweepError, on_ray, on_this_machine
+
+    report.require()
+    if arguments.resume is not None:
+        if arguments.experiment is not None:
+            raise ValueError("--resume takes no experiment: the sweep knows its own settings")
+        sweep = Sweep.open(arguments.resume)
+    elif arguments.experiment is None:
+        raise ValueError("name an experiment (see `modmask list`) or a sweep with --resume")
+    else:
+        path, experiment, settings, seeds = _new(arguments, "-sweep")
+        grid = _grid(arguments.grid, settings)
+        sweep = Sweep.create(
+            path, experiment, arguments.preset, settings, grid, seeds, arguments.threads or 1
+        )
+    if arguments.launcher == "ray":
+        if arguments.jobs is not None:
+            raise ValueError("--jobs is for the local launcher; a Ray cluster has its own cores")
+        launcher = on_ray(arguments.address)
+    else:
+        if arguments.address is not None:
+            raise ValueError("--address is for --launcher ray")
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        launcher = on_this_machine(arguments.jobs or max(cores // sweep.threads, 1))
+    say(
+        f"{sweep.experiment.name}, preset {sweep.preset}, {len(sweep.points)} points of "
+        f"{', '.join(sweep.grid)}, {len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''} "
+        f"each: {sweep.path}"
+    )
+    try:
+        sweep.execute(launcher, progress=not arguments.quiet)
+    except KeyboardInterrupt:
+        say(f"\nstopped; continue with: modmask sweep --resume {sweep.path}")
+        raise
+    except SweepError as error:
+        say(f"modmask sweep: {error}")
+        raise SystemExit(1) from None
+    print(sweep.write_report())
 
 
 def _test(arguments: argparse.Namespace) -> None:
@@ -277,11 +432,36 @@ def _test(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    run = _open(arguments.run)
+    if len(arguments.run) > 1:
+        if arguments.summary is not None:
+            raise ValueError("--summary is of one run")
+        _compare(arguments.run, arguments.out or Path("runs") / "comparison")
+        return
+    (path,) = arguments.run
+    if arguments.out is not None:
+        raise ValueError("--out is for the comparison of several runs; a run keeps its own report")
+    if (path / "sweep.json").exists():
+        from .experiments.sweep import Sweep
+
+        print(Sweep.open(path).write_report())
+        return
+    run = _open(path)
     run.write_metrics()
     print(run.write_report())
     if arguments.summary is not None:
         print(run.write_summary(arguments.summary))
+
+
+def _compare(paths: Sequence[Path], out: Path) -> None:
+    from .experiments.comparison import compare
+    from .report import write_report
+
+    if (out / "settings.json").exists() or (out / "sweep.json").exists():
+        raise ValueError(f"--out: {out} is a run itself, whose report would be overwritten")
+    for path in paths:
+        _open(path).write_metrics()
+    names = " ".join(str(path) for path in paths)
+    print(write_report(compare(paths, None, f"modmask report {names} --out {out}"), str(out)))
 
 
 def _masks(arguments: argparse.Namespace) -> None:
@@ -340,6 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "list": lambda _: _list(),
         "run": _run,
+        "sweep": _sweep,
         "test": _test,
         "report": _report,
         "masks": _masks,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,33 @@ def check_device(settings: Settings) -> None:
         raise ValueError(f"setting device: {name!r} cannot be used here: {reason}") from None
 
 
+def check_new_folder(path: Path, record: str, command: str) -> None:
+    """FileExistsError if something is in a folder already; names the command that continues it.
+
+    Args:
+        path: the folder, which may not be there.
+        record: the file that such a folder holds.
+        command: "run" or "sweep".
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        continuing = (
+            f"continue it with `modmask {command} --resume {path}` or name"
+            if (path / record).exists()
+            else "name"
+        )
+        raise FileExistsError(f"{path} exists and is not empty: {continuing} another one by --out")
+
+
+def read_record(file: Path, format: int) -> dict[str, Any]:
+    """The record of a folder; ValueError unless it has the format."""
+    record = read_json(file)
+    if not isinstance(record, dict) or record.get("format") != format:
+        raise ValueError(
+            f"{file} has not the format {format} that this version reads: it is of another version"
+        )
+    return record
+
+
 class Run:
     """A results folder.
 
@@ -200,13 +228,7 @@ class Run:
         Raises:
             FileExistsError: the folder holds something already.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = (
-                f"continue it with `modmask run --resume {path}` or name"
-                if (path / "settings.json").exists()
-                else "name"
-            )
-            raise FileExistsError(f"{path} exists and is not empty: {hint} another folder by --out")
+        check_new_folder(path, "settings.json", "run")
         check_device(settings)
         record = {
             "format": FORMAT,
@@ -230,12 +252,7 @@ class Run:
         file = path / "settings.json"
         if not file.exists():
             raise FileNotFoundError(f"{path} is no results folder: it has no settings.json")
-        record = read_json(file)
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(
-                f"{file} has not the format {FORMAT} that this version reads: it is of another "
-                "version"
-            )
+        record = read_record(file, FORMAT)
         try:
             return cls(path, record)
         except (KeyError, TypeError) as error:
@@ -264,38 +281,59 @@ class Run:
         bits in weights, masks and metrics (same machine and versions; the number of threads is
         restored).
         """
-        check_device(self.settings)
-        threads = torch.get_num_threads()
-        with self._alone():
-            torch.set_num_threads(self.threads)
-            try:
-                self._execute_seeds(progress)
-            finally:
-                torch.set_num_threads(threads)
+        self.execute_seeds(self.seeds, progress)
         self.write_metrics()
 
+    def execute_seeds(self, seeds: Sequence[int], progress: bool = True) -> None:
+        """Run what is missing of these seeds of the run.
+
+        Other seeds of the run may be executed by other processes meanwhile.
+
+        Raises:
+            ValueError: a seed is none of the run, or is being run by another process.
+        """
+        strange = sorted(set(seeds) - set(self.seeds))
+        if strange:
+            raise ValueError(
+                f"seed {strange[0]} is none of {self.path}, whose seeds are "
+                f"{', '.join(map(str, self.seeds))}"
+            )
+        check_device(self.settings)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for seed in seeds:
+                folder = self.folder(seed, progress)
+                with self._alone(folder):
+                    if folder.metrics.exists():
+                        continue
+                    folder.begin()
+                    metrics = self.experiment.run_seed(self.settings, seed, folder)
+                    write_json(folder.metrics, metrics)
+        finally:
+            torch.set_num_threads(threads)
+
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep a second process out of the folder; the system lifts it from a killed one."""
+    def _alone(self, folder: SeedFolder) -> Iterator[None]:
+        """Keep a second process out of a seed; the system lifts it from a killed one."""
         if sys.platform == "win32":
             yield
             return
-        with open(self.path / "settings.json", encoding="utf-8") as file:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with open(folder.path / ".lock", "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self.path} is being run by another process") from None
+                file.seek(0)
+                raise ValueError(
+                    f"{folder.path} is being run by another process, {file.read()}"
+                ) from None
             except OSError:  # a file system without locks
                 pass
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
-
-    def _execute_seeds(self, progress: bool) -> None:
-        for seed in self.seeds:
-            folder = self.folder(seed, progress)
-            if folder.metrics.exists():
-                continue
-            folder.begin()
-            write_json(folder.metrics, self.experiment.run_seed(self.settings, seed, folder))
 
     def write_metrics(self) -> None:
         """Collect the seeds' results into metrics.json.

@@ -151,6 +151,26 @@ class Settings:
             parser.add_argument("--" + field.name.replace("_", "-"), **arguments)
 
     @classmethod
+    def parse(cls, name: str, text: str) -> Any:
+        """The value of a field that a person wrote, as the command line takes it.
+
+        Raises:
+            ValueError: no such field, or not a value of its kind.
+        """
+        kinds = typing.get_type_hints(cls)
+        if name not in kinds:
+            raise ValueError(f"no setting is called {name!r}; they are {', '.join(kinds)}")
+        kind = kinds[name]
+        try:
+            if kind is bool:
+                return {"yes": True, "no": False}[text]
+            return kind(text) if kind in (int, float, str) else _parse_widths(text)
+        except (KeyError, ValueError, argparse.ArgumentTypeError):
+            kinds_text = {bool: "yes or no", int: "a whole number", float: "a number"}
+            wanted = kinds_text.get(kind, "whole numbers with commas between them")
+            raise ValueError(f"setting {name} takes {wanted}, not {text!r}") from None
+
+    @classmethod
     def overrides(cls, namespace: argparse.Namespace) -> dict[str, Any]:
         """The fields that were given on the command line."""
         names = (field.name for field in dataclasses.fields(cls))

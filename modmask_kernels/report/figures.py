@@ -255,6 +255,8 @@ def curves(
     *,
     xlabel: str,
     logarithmic: Sequence[bool] = (),
+    points: bool = False,
+    logarithmic_steps: bool = False,
 ) -> None:
     """Curves over steps, mean over runs with a band of one standard deviation.
 
@@ -264,6 +266,8 @@ def curves(
         panels: (title, {name: (colour role, statistics, steps)}), top to bottom.
         xlabel: label of the step axis.
         logarithmic: per panel, whether the value axis is logarithmic.
+        points: mark the steps.
+        logarithmic_steps: whether the step axis is logarithmic.
     """
     grid = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     styles = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
@@ -274,7 +278,15 @@ def curves(
             mean = np.array([s["mean"] for s in statistics])
             std = np.array([s["std"] or 0.0 for s in statistics])
             colour = theme.colour(role)
-            axes.plot(steps, mean, color=colour, linestyle=style, label=name)
+            axes.plot(
+                steps,
+                mean,
+                color=colour,
+                linestyle=style,
+                label=name,
+                marker="o" if points else None,
+                markersize=4,
+            )
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         if index < len(logarithmic) and logarithmic[index]:
             axes.set_yscale("log")
@@ -291,6 +303,14 @@ def curves(
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", labelcolor=theme.muted, length=0)
     grid[-1].set_xlabel(xlabel)
+    if logarithmic_steps:
+        grid[-1].set_xscale("log")
+        grid[-1].minorticks_off()
+    if points:
+        marked = sorted(
+            {step for _, lines in panels for *_, steps in lines.values() for step in steps}
+        )
+        grid[-1].set_xticks(marked if len(marked) <= 6 else [marked[0], marked[-1]])
     grid[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     handles, names = grid[0].get_legend_handles_labels()
     canvas.legend(handles, names, loc="outside upper left", ncols=3, handlelength=2.2)
