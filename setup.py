@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -99,6 +100,10 @@ def architecture_flags(nvcc: str) -> list[str]:
 
 
 class Build(BuildExtension):
+    def finalize_options(self) -> None:
+        self.anew = bool(self.force)  # below, torch says so wherever it has ninja decide
+        super().finalize_options()
+
     def build_extensions(self) -> None:
         self.cxx = shlex.split(os.environ.get("CXX", "c++"))
         if shutil.which(self.cxx[0]) is None:
@@ -118,8 +123,6 @@ class Build(BuildExtension):
 
     def build_cuda(self, extension: Extension, nvcc: str) -> None:
         """Without torch's own rules, which want a torch with CUDA, of the toolkit's version."""
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
         macros = [f"-D{name}={value}" for name, value in MACROS]
         device = [
             *(nvcc, "-std=c++17", "-O3", "-ccbin", self.cxx[0], *architecture_flags(nvcc)),
@@ -128,13 +131,17 @@ class Build(BuildExtension):
         includes = [f"-isystem{path}" for path in include_paths()]
         includes.append(f"-isystem{sysconfig.get_paths()['include']}")
         host = [*self.cxx, "-std=c++17", *HOST_FLAGS, "-fPIC", "-DUSE_CUDA", *macros, *includes]
+        # objects are good for these commands only
+        commands = hashlib.sha256(repr((device, host)).encode()).hexdigest()
+        folder = Path(self.build_temp) / f"cuda-{commands[:12]}"
+        folder.mkdir(parents=True, exist_ok=True)
         headers = [p for kind in (".", "common", "cuda") for p in Path("csrc", kind).glob("*.*h")]
         changed = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
 
         def compiled(source: str) -> str:
             target = folder / f"{Path(source).name}.o"
             newest = max(changed, Path(source).stat().st_mtime)
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
+            if self.anew or not target.exists() or target.stat().st_mtime < newest:
                 command = device if source.endswith(".cu") else host
                 self.spawn([*command, "-c", source, "-o", str(target)])
             return str(target)

@@ -76,7 +76,7 @@ def unpacked(checkout, tmp_path_factory):
 def wheel(request, tmp_path_factory):
     """The wheel that the source distribution builds, with the CUDA kernels.
 
-    MODMASK_TEST_WHEEL names one that is built already.
+    MODMASK_TEST_WHEEL names one that is built already, of the sources that this has.
     """
     if "MODMASK_TEST_WHEEL" in os.environ:
         return Path(os.environ["MODMASK_TEST_WHEEL"])

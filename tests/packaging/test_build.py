@@ -33,6 +33,8 @@ class TestSourceDistribution:
     def test_has_every_source(self, unpacked: Path) -> None:
         for name in IN_SDIST:
             assert (unpacked / name).exists(), name
+            if (ROOT / name).is_file():
+                assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes(), name
         for kind in ("csrc", "modmask_kernels", "tests"):
             expected = {
                 path.relative_to(ROOT)
