@@ -193,6 +193,20 @@ def test_nothing_of_the_size_of_the_weight_but_bits(device, dtype, samples: int)
     assert peak(lambda: ops.sample_mask_packed(logits, **draw)) <= bits + 2**20
 
 
+def test_no_masked_weight_for_selected_masks(device) -> None:
+    """Every row has a set of its own, every image too."""
+    width, rows = 1024, 128
+    row_sets = torch.arange(rows, device=device)
+    masks = torch.full((rows, width * width // 8), 0x5A, dtype=torch.uint8, device=device)
+    weight, x = (operations.random(n, width).to(device, torch.float32) for n in (width, rows))
+    results = 4 * rows * width
+    select = ops.select_linear
+    assert peak(lambda: select(x, weight, masks, row_sets)) <= results + 2**20
+    images, kernel = x.view(rows, 16, 8, 8), weight.view(width, 16, 8, 8)
+    convolve = ops.select_conv2d
+    assert peak(lambda: convolve(images, kernel, masks, row_sets)) <= results + 2**20
+
+
 def test_nothing_waits(tensors, device) -> None:
     seed = torch.arange(operations.SETS, device=device)
     step(tensors, seed)

@@ -154,7 +154,7 @@ KERNEL(rnn_steps_backward) {
   });
 }
 
-// One step by itself, without a product.
+// One step by itself, without a product, and back.
 KERNEL(rnn_cell_forward) {
   with_cell(call, [&](auto cell) {
     constexpr Cell kCell = decltype(cell)::value;
@@ -170,5 +170,23 @@ KERNEL(rnn_cell_forward) {
         call.pointer<float>("h"),
         call.pointer<float>("c")};
     call.launch(rnn_cell_shape(p.size), [&] { rnn_cell_forward<kCell>(p); });
+  });
+}
+
+KERNEL(rnn_cell_backward) {
+  with_cell(call, [&](auto cell) {
+    constexpr Cell kCell = decltype(cell)::value;
+    const RnnCellBackward p{
+        steps(call),
+        {nullptr, 0},
+        call.pointer<const float>("saved"),
+        nullptr,
+        nullptr,
+        0,
+        call.pointer<float>("dgates"),
+        call.pointer<float>("recurrent"),
+        call.pointer<float>("dh"),
+        call.pointer<float>("dc")};
+    call.launch(rnn_cell_shape(p.size), [&] { rnn_cell_backward<kCell>(p); });
   });
 }

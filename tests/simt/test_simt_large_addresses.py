@@ -262,6 +262,28 @@ def test_selections(device):
     np.testing.assert_allclose(y[-1, -4:], x[-1, -4:] @ weight.T, rtol=1e-4, atol=1e-4)
 
 
+def test_selected_convolutions(device):
+    """A kernel of one place; the last ones of the last image."""
+    batch, channels, side, outputs = 2**11 + 1, 4, 512, 8
+    places = side * side
+    x, y = virtual(batch, channels, places), virtual(batch, outputs, places)
+    x[-1, :, -64:] = random(channels, 64)
+    weight = random(outputs, channels)
+    bits = ops.pack_bits(torch.ones(outputs, channels) > 0).numpy()[None]
+    device.run(
+        "selected_product",
+        **{"dtype": "float32", "convolution": True, "groups": 1, "sets": 1},
+        **{"batch": batch, "places": places, "out": outputs, "depth": channels},
+        sizes=np.array([channels, side, side, 1, 1, 1, 1, 0, 0, 1, 1, side]),
+        tiles=batch * places // 64 + 1,
+        order=np.arange(batch),
+        first_example=np.array([0, batch]),
+        first_tile=np.array([0, batch * places // 64]),
+        **{"x": x, "y": y, "weight": weight, "bits": bits},
+    )
+    np.testing.assert_allclose(y[-1, :, -64:], weight @ x[-1, :, -64:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_cells(device, near, cell):
     """One step of 2^29 units: 5 values each are saved."""
@@ -286,3 +308,21 @@ def test_cells(device, near, cell):
     for far, exact in zip(found, expected, strict=True):
         assert np.array_equal(far[0, -1], exact[0, 0])
         assert exact.any()
+
+    def backward(device, batch, saved, dh):
+        dgates, recurrent = virtual(batch, 4, hidden), virtual(batch, gates, hidden)
+        dc = virtual(batch, hidden)
+        device.run(
+            "rnn_cell_backward",
+            **{"cell": cell, "steps": 1, "rows": batch, "groups": 1, "hidden": hidden},
+            **{"saved": saved, "dgates": dgates, "recurrent": recurrent, "dh": dh, "dc": dc},
+        )
+        return dgates, recurrent, dh, dc
+
+    dh = virtual(batch, hidden)
+    dh[-1] = random(hidden)
+    end = (expected[1][0].copy(), dh[-1:].copy())
+    found, expected = backward(device, batch, found[1][0], dh), backward(near, 1, *end)
+    for far, exact in zip(found, expected, strict=True):
+        assert np.array_equal(far[-1], exact[0])
+    assert expected[0].any()
