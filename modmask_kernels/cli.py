@@ -1,4 +1,4 @@
-"""The command line: `modmask list | run | sweep | test | report | masks | bench | info`.
+"""The command line: `modmask list | run | sweep | tune-beta | test | report | masks | bench` ...
 
 Standard library only, so that `modmask info` works wherever the package can be imported.
 """
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the experiments and their presets")
     _add_run(commands)
     _add_sweep(commands)
+    _add_tune(commands)
     _add_test(commands)
 
     report = commands.add_parser(
@@ -118,6 +119,10 @@ def _add_experiments(
     verb: str,
     folder: str,
     more: Callable[[argparse.ArgumentParser], None] | None = None,
+    *,
+    suffix: str = "",
+    grid: str = "",
+    threads: str = "all cores",
 ) -> None:
     """One parser per experiment with the arguments that a new run of it takes."""
     from .experiments import EXPERIMENTS
@@ -131,8 +136,8 @@ def _add_experiments(
             epilog=_PRESETS + ".",
             # a mistyped setting must not start a run with another one
             allow_abbrev=False,
-            usage=f"modmask {verb} {experiment.name} {'--grid NAME=A,B ... ' if more else ''}"
-            "[--preset PRESET] [--seeds N] [--out DIR] [SETTINGS]",
+            usage=f"modmask {verb} {experiment.name} {grid}[--preset PRESET] [--seeds N] "
+            "[--out DIR] [SETTINGS]",
         )
         parser.add_argument(
             "--preset",
@@ -154,13 +159,13 @@ def _add_experiments(
             "--out",
             type=Path,
             metavar="DIR",
-            help=f"{folder} [runs/{experiment.name}-PRESET{'-sweep' if more else ''}]",
+            help=f"{folder} [runs/{experiment.name}-PRESET{suffix}]",
         )
         parser.add_argument(
             "--threads",
             type=_positive,
             metavar="N",
-            help=f"threads to compute with [{'1 per seed' if more else 'all cores'}]",
+            help=f"threads to compute with [{threads}]",
         )
         # not to overwrite a --quiet before the experiment's name
         parser.add_argument(
@@ -226,7 +231,49 @@ def _add_sweep(commands: Any) -> None:
 
     launching(sweep)
     sweep.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_experiments(sweep, "sweep", "folder of the sweep", more)
+    _add_experiments(
+        sweep,
+        "sweep",
+        "folder of the sweep",
+        more,
+        suffix="-sweep",
+        grid="--grid NAME=A,B ... ",
+        threads="1 per seed",
+    )
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune-beta",
+        help="find the largest penalty at which the control mask holds",
+        usage="modmask tune-beta EXPERIMENT [--preset PRESET] [--out DIR] [--tolerance POINTS] "
+        "[SETTINGS]\n"
+        "       modmask tune-beta --resume DIR [--tolerance POINTS]",
+        description="Train the network of an experiment and search for the largest penalty at "
+        "which the mask on its whole task costs at most so many points of accuracy, of the worst "
+        "function. A new network, size or number of steps needs a penalty of its own; overlaps "
+        "can be compared only where the control mask holds.",
+    )
+    tune.add_argument("--resume", type=Path, metavar="DIR", help="continue the search in DIR")
+    tune.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    def tolerance(parser: argparse.ArgumentParser, **default: Any) -> None:
+        parser.add_argument(
+            "--tolerance",
+            type=float,
+            metavar="POINTS",
+            help="how much less than without a mask may be right, in points [1]",
+            **default,
+        )
+
+    tolerance(tune, default=1.0)
+    _add_experiments(
+        tune,
+        "tune-beta",
+        "folder of network and search",
+        lambda parser: tolerance(parser, default=argparse.SUPPRESS),
+        suffix="-penalty",
+    )
 
 
 def _add_test(commands: Any) -> None:
@@ -415,6 +462,35 @@ def _sweep(arguments: argparse.Namespace) -> None:
     print(sweep.write_report())
 
 
+def _tune(arguments: argparse.Namespace) -> None:
+    from .experiments import Run, Study
+    from .experiments.run import say
+
+    if arguments.resume is not None:
+        if arguments.experiment is not None:
+            raise ValueError("--resume takes no experiment: the folder knows its own settings")
+        run = Run.open(arguments.resume)
+    elif arguments.experiment is None:
+        raise ValueError("name an experiment (see `modmask list`) or a folder with --resume")
+    else:
+        path, experiment, settings, seeds = _new(arguments, "-penalty")
+        run = Run.create(path, experiment, arguments.preset, settings, seeds, arguments.threads)
+    if not isinstance(run.experiment, Study):
+        raise ValueError(f"{run.experiment.name} has no control mask")
+    say(f"{run.experiment.name}, preset {run.preset}: {run.path}")
+    try:
+        text, beta = run.experiment.tune_text(run, arguments.tolerance, not arguments.quiet)
+    except KeyboardInterrupt:
+        say(f"\nstopped; continue with: modmask tune-beta --resume {run.path}")
+        raise
+    print(text)
+    if beta is None:
+        raise ValueError(
+            "no penalty held: more steps for the masks, or a larger tolerance, may be needed"
+        )
+    print(f"\nmodmask run {run.experiment.name} --preset {run.preset} --penalty {beta:.3g} ...")
+
+
 def _test(arguments: argparse.Namespace) -> None:
     run = _open(arguments.run)
     options = {
@@ -521,6 +597,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "list": lambda _: _list(),
         "run": _run,
         "sweep": _sweep,
+        "tune-beta": _tune,
         "test": _test,
         "report": _report,
         "masks": _masks,

@@ -298,18 +298,26 @@ class Run:
                 f"seed {strange[0]} is none of {self.path}, whose seeds are "
                 f"{', '.join(map(str, self.seeds))}"
             )
+        for seed, folder in self.sessions(progress, [s for s in seeds if not self._done(s)]):
+            if not folder.metrics.exists():  # by a process that had it meanwhile
+                write_json(folder.metrics, self.experiment.run_seed(self.settings, seed, folder))
+
+    def _done(self, seed: int) -> bool:
+        return self.folder(seed).metrics.exists()
+
+    def sessions(
+        self, progress: bool = True, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, SeedFolder]]:
+        """Every seed with its folder, alone with it and with the threads of the run."""
         check_device(self.settings)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            for seed in seeds:
+            for seed in self.seeds if seeds is None else seeds:
                 folder = self.folder(seed, progress)
                 with self._alone(folder):
-                    if folder.metrics.exists():
-                        continue
                     folder.begin()
-                    metrics = self.experiment.run_seed(self.settings, seed, folder)
-                    write_json(folder.metrics, metrics)
+                    yield seed, folder
         finally:
             torch.set_num_threads(threads)
 

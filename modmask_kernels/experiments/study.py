@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from .. import analysis
 from ..files import atomic, read_json, write_json
-from ..masks import LearnResult, MaskSet, learn_masks, mask_model
+from ..masks import (
+    LearnResult,
+    MaskSet,
+    PenaltySearch,
+    learn_masks,
+    mask_model,
+    tune_penalty,
+)
 from .run import Experiment, Run, SeedFolder
 from .settings import Settings, option
 from .training import derive_seed, train
@@ -348,6 +355,32 @@ class Study(Experiment[T]):
         shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
         return result
 
+    def tune(self, settings: T, seed: int, folder: SeedFolder, tolerance: float) -> PenaltySearch:
+        """Find the largest penalty per logit at which the control mask holds, for one seed.
+
+        The network is trained if it is not there. The score is the accuracy of the worst function.
+        """
+        self.train_network(settings, seed, folder)
+        with folder.stage("penalty"):
+            return tune_penalty(
+                self.load(settings, folder),
+                _of(self.loss(settings), CONTROL),
+                self.sources(settings)[CONTROL],
+                settings.mask_steps,
+                lambda model: min(
+                    self.measure(model, settings)["accuracy"][key] for key in self.measured
+                ),
+                tolerance=tolerance,
+                start=settings.alpha,
+                mask={"samples": settings.samples, "tau": settings.tau, "init": settings.mask_init},
+                record=folder.path / "penalty.json",
+                lr=settings.mask_lr,
+                grad_clip=settings.grad_clip or None,
+                seed=derive_seed(seed, "masks"),
+                progress=folder.progress,
+                checkpoint_every=settings.checkpoint_every,
+            )
+
     def load_masks(self, folder: SeedFolder, suffix: str = "") -> dict[str, dict[str, Tensor]]:
         """The learned masks of a seed: {mask: {parameter, in network order: bool tensor}}."""
         return {key: dict(MaskSet.load(folder.mask(key + suffix)).items()) for key in self.masks}
@@ -413,6 +446,33 @@ class Study(Experiment[T]):
                 )
         assert isinstance(run.settings, self.settings_type)
         return run.settings, folders
+
+    def tune_text(
+        self, run: Run, tolerance: float, progress: bool = True
+    ) -> tuple[str, float | None]:
+        """`tune` for every seed of a run: a table, and the penalty (beta) that holds for all."""
+        settings = run.settings
+        assert isinstance(settings, self.settings_type)
+        rows, found = [], []
+        for seed, folder in run.sessions(progress):
+            search = self.tune(settings, seed, folder, tolerance)
+            found.append(search.penalty)
+            for trial in sorted(search.trials, key=lambda trial: trial.penalty):
+                beta = trial.penalty * settings.batch
+                rows.append(
+                    [
+                        f"seed {seed}, {beta:.3g}",
+                        f"{trial.penalty:.3g}",
+                        f"{trial.score:.2f}",
+                        f"{search.unmasked:.2f}",
+                        f"{100 * trial.kept:.2f}",
+                        "yes" if trial.holds else "no",
+                    ]
+                )
+        header = ["penalty (beta)", "alpha", "worst, %", "no mask, %", "kept, %", "holds"]
+        held = [penalty for penalty in found if penalty is not None]
+        least = min(held) * settings.batch if len(held) == len(found) else None
+        return text_table(header, rows), least
 
     def inverse_test(self, run: Run, exclude_io: analysis.ExcludeIO = "none") -> str:
         """Accuracy with every mask and with its inverse, for every seed."""

@@ -9,12 +9,15 @@ from .mask_set import MaskSet
 from .penalties import Annealing, expected_l0
 from .presets import PRESETS, preset
 from .select import select_masks, use_sets
+from .tune import PenaltySearch, PenaltyTrial, tune_penalty
 
 __all__ = [
     "PRESETS",
     "Annealing",
     "LearnResult",
     "MaskSet",
+    "PenaltySearch",
+    "PenaltyTrial",
     "expected_count_masks",
     "expected_l0",
     "export_masks",
@@ -29,6 +32,7 @@ __all__ = [
     "select_masks",
     "set_mode",
     "to_prune",
+    "tune_penalty",
     "unmask_model",
     "use_set",
     "use_sets",
