@@ -114,16 +114,24 @@ class Compiled(NamedTuple):
 
     def instructions(self, loop: bool = False) -> Counter[str]:
         """Static counts of machine instructions by mnemonic, of all or of the longest loop."""
+        return self.loops()[0] if loop else Counter(name for _, name, _ in self._lines())
+
+    def loops(self) -> list[Counter[str]]:
+        """The counts of every loop, the longest first; a loop has those of loops inside."""
+        found = self._lines()
+        targets = ((at, re.search(r"0x([0-9a-f]+)", rest)) for at, _, rest in found)
+        back = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
+        jumps = {at for at, name, _ in found if name == "BRA"}
+        loops = sorted((b for b in back if b[1] in jumps), key=lambda b: b[0] - b[1])
+        return [
+            Counter(name for at, name, _ in found if first <= at <= last) for first, last in loops
+        ]
+
+    def _lines(self) -> list[tuple[int, str, str]]:
+        """Address, mnemonic and the rest of every instruction."""
         name = r"IMAD\.(?:WIDE|HI)|[A-Z][A-Z0-9_]+"
         line = rf"/\*([0-9a-f]{{4,}})\*/\s+(?:@!?U?P\w+\s+)?({name})([^;]*);"
-        found = [(int(at, 16), name, rest) for at, name, rest in re.findall(line, self.sass)]
-        first, last = 0, 1 << 62
-        if loop:
-            targets = ((at, re.search(r"0x([0-9a-f]+)", rest)) for at, _, rest in found)
-            back = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
-            jumps = {at for at, name, _ in found if name == "BRA"}
-            first, last = max((b for b in back if b[1] in jumps), key=lambda b: b[1] - b[0])
-        return Counter(name for at, name, _ in found if first <= at <= last)
+        return [(int(at, 16), name, rest) for at, name, rest in re.findall(line, self.sass)]
 
 
 def compile_launch(launch: Launch, target: int | str) -> Compiled:

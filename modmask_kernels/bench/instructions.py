@@ -61,7 +61,7 @@ ROWS = {
 }
 
 
-def _slots(counts: Counter[str]) -> int:
+def slots(counts: Counter[str]) -> int:
     """Issue slots of lanes that instructions need, of the issue or of their busiest unit."""
     units = (sum(counts[name] * n for name, n in unit.items()) for unit in UNITS)
     return max(sum(counts.values()), *units)
@@ -75,7 +75,7 @@ def _per_weight(counts: Counter[str], threads: int, weights: int) -> dict[str, f
         "integer": round(integer * scale, 1),
         "float": round(floating * scale, 1),
         "all": round(sum(counts.values()) * scale, 1),
-        "slots": round(_slots(counts) * scale, 1),
+        "slots": round(slots(counts) * scale, 1),
     }
 
 

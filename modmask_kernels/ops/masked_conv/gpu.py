@@ -110,7 +110,7 @@ def sizes(
         outputs,
         depth,
         x.element_size(),
-        triton.product_config(x.dtype, tf32=tf32(x)).n,
+        triton.product_config(x.dtype, weight.shape[1 if backward else 0], tf32(x), backward).n,
         tf32(x),
         masks.hard,
         masks.quads(weight.shape[1] if backward else depth),

@@ -770,26 +770,43 @@ class Geometry(NamedTuple):
         }
 
 
-# Patches are loaded element by element, through registers: tiles are small.
-_HALF = Config(64, 64, 64, 8, 2)
-_TF32 = Config(64, 64, 32, 8, 2)
+# Patches are loaded element by element, through registers: the more outputs (of dx channels) a tile
+# has, the fewer instructions. The first of a pair is for more than 64 of them.
+_HALF = (Config(128, 64, 32, 8, 2), Config(64, 64, 64, 8, 2))
+_HALF_BACKWARD = (Config(128, 128, 32, 8, 2), _HALF[1])
+_TF32 = (Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
 _IEEE = Config(64, 32, 32, 8, 2)
 
 
-def product_config(dtype: torch.dtype, tf32: bool = True) -> Config:
-    """The tiles of `product`: rows of the masked weight, pixels, depth."""
+def product_config(
+    dtype: torch.dtype,
+    rows: int,
+    tf32: bool = True,
+    backward: bool = False,
+    regenerate: bool = False,
+) -> Config:
+    """The tiles of `product`: of `rows` rows of the masked weight, of pixels and depth."""
+    few = 0 if rows > 64 else 1
     if dtype == torch.float32:
-        return _TF32 if tf32 else _IEEE
-    return _HALF
+        # noise of a transposed weight leaves no registers
+        return _TF32[1 if regenerate and backward else few] if tf32 else _IEEE
+    return (_HALF_BACKWARD if backward else _HALF)[few]
 
 
-def gradients_config(dtype: torch.dtype, tf32: bool = True, narrow: bool = False) -> Config:
+def gradients_config(
+    dtype: torch.dtype, outputs: int, tf32: bool = True, simple: bool = True, narrow: bool = False
+) -> Config:
     """The tiles of `gradients`: outputs, channels and taps, pixels.
 
-    `narrow`: where rows of the weight begin amid a quad of noise and two gradients are summed up,
-    registers do not suffice for more.
+    Args:
+        simple: for dlogits of hard masks at temperature 1 alone, with every row of the weight
+            beginning with a quad of noise: that leaves registers.
+        narrow: two gradients that need more registers than there are for `simple` tiles' half.
     """
-    config = product_config(dtype, tf32)
+    if dtype == torch.float32:
+        config = _TF32[1] if tf32 else _IEEE
+    else:
+        config = Config(128, 32, 64, 8, 2) if simple and outputs > 64 else _HALF[1]
     return config._replace(n=32) if narrow else config
 
 
@@ -834,7 +851,7 @@ def product(
     result = a.new_empty((a.shape[0], g.parts * rows, *size))
     if not result.numel():
         return result
-    config = config or product_config(a.dtype, tf32)
+    config = config or product_config(a.dtype, rows, tf32, backward, words is None)
     stacks, images = g.stacked(size, config.n)
     tiles = triton.cdiv(images * size[0] * size[1], config.n) * triton.cdiv(rows, config.m)
     inputs = g.inputs if backward else g.depth  # where rows of a tile are as in the weight
@@ -901,7 +918,10 @@ def gradients(
         empty = masks.logits.new_empty((masks.sets, *weight.shape))
         return torch.empty_like(weight) if need_weight else None, empty if need_logits else None
     if config is None:
-        config = gradients_config(x.dtype, tf32, need_weight and not masks.quads(g.depth))
+        quads = masks.quads(g.depth)
+        simple = quads and masks.hard and masks.tau == 1.0 and not need_weight
+        narrow = need_weight and words is None and (not quads or masks.tau != 1.0)
+        config = gradients_config(x.dtype, g.outputs, tf32, simple, narrow)
     tiles = g.parts * triton.cdiv(g.outputs, config.m) * triton.cdiv(g.depth, config.n)
     stacks, images = g.stacked(g.out_size, config.k)
     blocks = stacks * triton.cdiv(images * g.out_area, config.k)
