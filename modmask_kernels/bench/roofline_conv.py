@@ -33,7 +33,7 @@ REGISTERS, SHARED, THREADS = 65536, {80: 164 << 10, 90: 228 << 10, 100: 228 << 1
 
 
 class Convolution(NamedTuple):
-    """One of ResNet-18, `count` of which are alike; `size`: height and width of an image."""
+    """One of ResNet-18, `times`: how many are alike; `size`: height and width of an image."""
 
     name: str
     channels: int
@@ -41,7 +41,7 @@ class Convolution(NamedTuple):
     size: int
     taps: int
     stride: int
-    count: int = 1
+    times: int = 1
 
     @property
     def weights(self) -> int:
@@ -297,7 +297,7 @@ def predict_all(measured: Mapping[str, Any], masks: Mapping[str, Any]) -> list[d
 
 def _ratio(rows: Sequence[Mapping[str, Any]], name: str = "masked") -> float:
     total: dict[str, float] = {
-        n: sum(r["count"] * r["seconds"][n] for r in rows) for n in (name, "plain")
+        n: sum(r["times"] * r["seconds"][n] for r in rows) for n in (name, "plain")
     }
     return total[name] / total["plain"]
 
@@ -307,12 +307,12 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     devices = [device.name for device in _gpu.DEVICES]
     of = {name: [row for row in rows if row["device"] == name] for name in devices}
     ratios = [
-        [f"{c.name} ({c.count})", f"{c.weights}"]
+        [f"{c.name} ({c.times})", f"{c.weights}"]
         + [f"{_ratio([of[name][i]]):.2f}" for name in devices]
         + [f"{_ratio([of['H100'][i]], 'naive'):.2f}"]
         for i, c in enumerate(RESNET18)
     ]
-    total = sum(c.count * c.weights for c in RESNET18)
+    total = sum(c.times * c.weights for c in RESNET18)
     ratios.append(["all", f"{total}", *(f"{_ratio(of[name]):.2f}" for name in devices)])
     ratios[-1].append(f"{_ratio(of['H100'], 'naive'):.2f}")
     kernels = []

@@ -20,8 +20,8 @@ H100 = _gpu.DEVICES[1]
 
 
 def test_they_are_the_convolutions_of_resnet_18():
-    assert sum(c.count for c in roofline.RESNET18) == 20
-    assert sum(c.count * c.weights for c in roofline.RESNET18) == 11_166_912
+    assert sum(c.times for c in roofline.RESNET18) == 20
+    assert sum(c.times * c.weights for c in roofline.RESNET18) == 11_166_912
     assert [c.out_size for c in roofline.RESNET18] == [112, 56, 28, 28, 28, 14, 14, 14, 7, 7, 7]
 
 

@@ -920,7 +920,8 @@ def gradients(
     if config is None:
         quads = masks.quads(g.depth)
         simple = quads and masks.hard and masks.tau == 1.0 and not need_weight
-        narrow = need_weight and words is None and (not quads or masks.tau != 1.0)
+        wide = quads and masks.tau == 1.0 and x.dtype != torch.float32
+        narrow = need_weight and words is None and not wide
         config = gradients_config(x.dtype, g.outputs, tf32, simple, narrow)
     tiles = g.parts * triton.cdiv(g.outputs, config.m) * triton.cdiv(g.depth, config.n)
     stacks, images = g.stacked(g.out_size, config.k)

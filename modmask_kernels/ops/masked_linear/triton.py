@@ -652,6 +652,8 @@ def gradients(
     large = masks.quads(inputs) and not need_weight and has_large_tiles(x)
     if config is None:
         config = gradients_config(x.dtype, rows, large, tf32)
+        if need_weight and x.dtype == torch.float32:
+            config = config._replace(n=32)  # registers for two gradients
     tiles = triton.cdiv(outputs, config.m) * triton.cdiv(inputs, config.n)
     weight_gradients[(tiles, 1 if need_weight else masks.sets)](
         dy,
