@@ -1,4 +1,4 @@
-"""The command line: `modmask list | run | sweep | tune-beta | test | report | masks | bench` ...
+"""The command line: `modmask list | run | sweep | tune-beta | test | report | show | ...`.
 
 Standard library only, so that `modmask info` works wherever the package can be imported.
 """
@@ -73,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="also write a small summary for documentation: README.md, metrics.json, key figures",
+    )
+
+    show = commands.add_parser(
+        "show",
+        help="a page with a picture of every masked layer: which masks keep which weights",
+        description="Write a page with one picture per masked layer, a pixel per weight, to zoom "
+        "into: which weights belong to one mask alone, to several, to none. The files are masks of "
+        "one network, those of a run in RUN/seed-K/masks.",
+        epilog="For instance: modmask show runs/demo/seed-0/masks/add.safetensors "
+        "runs/demo/seed-0/masks/mul.safetensors",
+    )
+    show.add_argument("masks", type=Path, nargs="+", metavar="MASKFILE", help="mask file")
+    show.add_argument(
+        "--out", type=Path, metavar="FILE", default=Path("modules.html"), help="[modules.html]"
     )
 
     _add_masks(commands)
@@ -540,6 +554,25 @@ def _compare(paths: Sequence[Path], out: Path) -> None:
     print(write_report(compare(paths, None, f"modmask report {names} --out {out}"), str(out)))
 
 
+def _show(arguments: argparse.Namespace) -> None:
+    from . import MaskSet, report
+
+    report.require()
+    from .report.modules import write_modules
+
+    names = [path.stem for path in arguments.masks]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in arguments.masks]
+    masks = {n: MaskSet.load(path) for n, path in zip(names, arguments.masks, strict=True)}
+    if len(masks) < len(names):
+        raise ValueError("a mask file comes twice")
+    hashes = {mask.metadata.get("weight_hash") for mask in masks.values()} - {None}
+    if len(hashes) > 1:
+        raise ValueError("the mask files are of different networks (their weight hashes differ)")
+    write = {name: dict(mask.items()) for name, mask in masks.items()}
+    print(write_modules(write, arguments.out, ", ".join(names)))
+
+
 def _masks(arguments: argparse.Namespace) -> None:
     from . import MaskSet
 
@@ -600,6 +633,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tune-beta": _tune,
         "test": _test,
         "report": _report,
+        "show": _show,
         "masks": _masks,
         "info": lambda _: _info(),
     }

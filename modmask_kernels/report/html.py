@@ -12,7 +12,20 @@ from ..files import write_text
 from .page import Page
 from .style import THEMES, render_svg
 
-_TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of the pages."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["nobreak"] = no_break
+    return environment.get_template(name)
 
 
 def draw_figures(page: Page) -> dict[str, dict[str, str]]:
@@ -43,13 +56,7 @@ def render_html(page: Page, drawings: dict[str, dict[str, str]]) -> str:
         }
         for name, versions in drawings.items()
     }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["nobreak"] = no_break
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        page=page, images=images
-    )
+    return template("report.html").render(page=page, images=images)
 
 
 def write_report(page: Page, folder: str) -> str:
