@@ -29,7 +29,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def product(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, **more: Any) -> Case:
-    outputs = weight.shape[1 if "transpose" in operation.__name__ else 0]
+    transposed = "transpose" in operation.__name__
+    outputs = weight.shape[1] * more.get("groups", 1) if transposed else weight.shape[0]
     tensors = {
         "x": x,
         "weight": weight,
@@ -63,6 +64,22 @@ CASES = {
     "linear-one-row": product(ops.masked_linear, random(GROUPS, 260), random(130, 260)),
     "conv1d": product(ops.masked_conv1d, random(GROUPS, 3, 11), random(5, 3, 3), padding=1),
     "conv2d": product(ops.masked_conv2d, random(GROUPS, 3, 9, 8), random(5, 3, 3, 3), stride=2),
+    "conv2d-groups": product(
+        ops.masked_conv2d,
+        random(2 * GROUPS, 8, 9, 8),
+        random(8, 4, 3, 2),
+        **{"groups": 2, "stride": (1, 2), "dilation": (2, 1), "padding": (2, 1)},
+    ),
+    "conv2d-tiles": product(
+        ops.masked_conv2d, random(2 * GROUPS, 24, 16, 8), random(136, 24, 3, 3), padding=1
+    ),
+    "conv2d-1x1": product(ops.masked_conv2d, random(2 * GROUPS, 32, 8, 8), random(72, 32, 1, 1)),
+    "transposed2d-groups": product(
+        ops.masked_conv_transpose2d,
+        random(GROUPS, 8, 5, 4),
+        random(8, 4, 3, 3),
+        **{"groups": 2, "stride": 2, "padding": 1, "output_padding": 1},
+    ),
     "transposed1d": product(ops.masked_conv_transpose1d, random(GROUPS, 3, 7), random(3, 4, 3)),
     "transposed2d": product(
         ops.masked_conv_transpose2d, random(GROUPS, 3, 5, 4), random(3, 4, 3, 3)
