@@ -131,7 +131,8 @@ class Compiled(NamedTuple):
         """Address, mnemonic and the rest of every instruction."""
         name = r"IMAD\.(?:WIDE|HI)|[A-Z][A-Z0-9_]+"
         line = rf"/\*([0-9a-f]{{4,}})\*/\s+(?:@!?U?P\w+\s+)?({name})([^;]*);"
-        return [(int(at, 16), name, rest) for at, name, rest in re.findall(line, self.sass)]
+        found = [(int(at, 16), name, rest) for at, name, rest in re.findall(line, self.sass)]
+        return [line for line in found if line[1] != "NOP"]  # fills the end and is not run
 
 
 def compile_launch(launch: Launch, target: int | str) -> Compiled:
@@ -200,7 +201,6 @@ def launch_of(
     need_weight: bool = False,
     need_logits: bool = True,
     large_tiles: bool = True,
-    packs: bool = False,
     config: _triton.Config | None = None,
 ) -> Launch:
     """A kernel as a layer of 4096 outputs launches it, with 4 samples of one set.
@@ -208,7 +208,6 @@ def launch_of(
     Args:
         kernel: `forward`, `dx`, `gradients`, `bias_gradients` or `pack`.
         source: of the masks of a product, `bits` or `regenerate`.
-        packs: whether `gradients` writes the packed masks too.
         rows: of each group.
     """
     outputs, samples = 4096, 4
@@ -221,13 +220,15 @@ def launch_of(
     weight, bias = empty(outputs, inputs), empty(outputs)
     x, dy = empty(samples * rows, inputs), empty(samples * rows, outputs)
     with recorded(large_tiles) as launches:
-        words = sample_mask.pack(masks) if source == "bits" or kernel == "pack" else None
+        spread = masked_linear.rows_are_words(masks, inputs)
+        words = None
+        if source == "bits" or kernel == "pack":
+            words = sample_mask.pack(masks, spread=spread)
+        given: dict[str, Any] = {"spread": spread, "tf32": tf32, "config": config}
         if kernel == "forward":
-            masked_linear.product(x, weight, masks, bias, words, tf32=tf32, config=config)
+            masked_linear.product(x, weight, masks, bias, words, **given)
         elif kernel == "dx":
-            masked_linear.product(
-                dy, weight, masks, None, words, backward=True, tf32=tf32, config=config
-            )
+            masked_linear.product(dy, weight, masks, None, words, backward=True, **given)
         elif kernel == "gradients":
             masked_linear.gradients(
                 dy,
@@ -236,7 +237,6 @@ def launch_of(
                 masks,
                 need_weight=need_weight,
                 need_logits=need_logits,
-                words=sample_mask.empty_words(masks) if packs else None,
                 tf32=tf32,
                 config=config,
             )

@@ -57,7 +57,6 @@ ROWS = {
     "pack_once": "packing, beside that per weight",
     "slope": "drawing the slope of the surrogate in dlogits, per weight and sample",
     "slope_once": "the slope, beside that per weight",
-    "slope_pack": "drawing the slope and packing the mask, per weight and sample",
 }
 
 
@@ -115,7 +114,6 @@ def measure(capability: int) -> dict[str, dict[str, float]]:
     threshold = aot.launch_of("gradients", estimator=_triton.THRESHOLD.value, config=GRADIENTS)
     plain = compiled(threshold.with_arguments(NOISE=False))
     slope = compiled(aot.launch_of("gradients", config=GRADIENTS))
-    slope_pack = compiled(aot.launch_of("gradients", packs=True, rows=64, config=GRADIENTS))
     pack = aot.launch_of("pack")
     packed = compiled(pack)
     loop = packed.instructions(loop=True)
@@ -127,7 +125,6 @@ def measure(capability: int) -> dict[str, dict[str, float]]:
         "pack_once": _per_weight(less(packed.instructions(), loop), packed.threads, weights),
         "slope": extra(slope, tile, False),
         "slope_once": extra(slope, tile, True),
-        "slope_pack": extra(slope_pack, tile, False),
     }
 
 

@@ -18,13 +18,15 @@ import torch
 
 from ..files import read_json, write_json, write_text
 from ..ops import _gpu
+from ..ops.masked_linear.gpu import LEAST_SAVED
 from ..report.page import Figure, Table
 
 FOLDER = Path("docs/results/gpu")
 BATCHES = (8, 64, 256, 1024, 4096, 8192)
 SAMPLES = (1, 4, 8)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# rows of a group beyond which Hopper takes wide tiles for dlogits, as `ops.masked_linear.triton`
+# rows of a group beyond which Hopper takes wide tiles for dlogits, as `ops.masked_linear.triton`:
+# one program of them fills a processor
 MANY = 512
 # words of 4 bytes per weight and training step that masking moves beyond the products, by counting
 # the passes of the ordinary code and of what torch.compile makes of it: a + b * samples
@@ -131,29 +133,22 @@ def masked_step(
     slots = counts[source]["slots"] * tiles * layer.weights
     product = Work("", traffic + masks, operations, slots, resident)
     once = counts["pack_once"]["slots"] * layer.weights
-    draw = Work("masks", logits + bits, 0.0, counts["pack"]["slots"] * each + once)
-    # where the wide tiles of Hopper leave no registers for it, dlogits does not pack for dx
+    draw = Work("", logits + bits, 0.0, counts["pack"]["slots"] * each + once)
+    slope = counts["slope"]["slots"] * each + counts["slope_once"]["slots"] * layer.weights
     hopper = device.name in ("H100", "H200")
-    packs = source == "bits" and not (hopper and layer.size == 2 and rows > MANY)
-    slope = counts["slope_pack" if packs else "slope"]["slots"] * each
-    slope += counts["slope_once"]["slots"] * layer.weights
     dlogits = Work(
         "dlogits",
-        traffic + 2 * logits + (bits if packs else 0.0),
+        traffic + 2 * logits,
         2.0 * layer.batch * layer.weights,
         slope,
         2 if hopper and layer.size == 2 and rows <= MANY else 1,
     )
-    drawn = {"forward": [draw] if source == "bits" else [], "dx": []}
-    if source == "bits" and not packs:
-        drawn["dx"] = [draw]
-    return [
-        *(work._replace(name="masks of forward") for work in drawn["forward"]),
-        product._replace(name="forward"),
-        dlogits,
-        *(work._replace(name="masks of dx") for work in drawn["dx"]),
-        product._replace(name="dx"),
-    ]
+    steps = [product._replace(name="forward"), dlogits, product._replace(name="dx")]
+    if source == "bits":
+        steps.insert(0, draw._replace(name="masks"))
+        if layer.weights < LEAST_SAVED:  # the backward packs them again
+            steps.insert(3, draw._replace(name="masks of dx"))
+    return steps
 
 
 def ordinary_step(layer: Layer, words: tuple[float, float]) -> list[Work]:
@@ -301,6 +296,57 @@ def figure_of(rows: Sequence[Mapping[str, Any]], dtype: str = "bfloat16") -> Fig
     )
 
 
+def targets_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What the layers with a target spend, kernel by kernel, and what is left for each ceiling."""
+    lines = []
+    for row in rows:
+        if row["target"] is None:
+            continue
+        device = next(d for d in _gpu.DEVICES if d.name == row["device"])
+        layer = Layer(*(row[name] for name in Layer._fields))
+        plain = row["seconds"]["plain"]
+        name = f"{row['device']}, {row['batch']}"
+        limits = []
+        for kernel, work in row["kernels"].items():
+            of = Work(kernel, *(work[field] for field in Work._fields[1:]))
+            each = (
+                of.bytes / device.bandwidth,
+                of.operations / device.products(layer.size, tf32=True),
+                of.instructions / device.lanes,
+            )
+            limits.append((max(each[:2]), each, work["seconds"]))
+            lines.append([f"{name}: {kernel}", *_microseconds(*each, work["seconds"]), "-"])
+        total = [sum(each[i] for _, each, _ in limits) for i in range(3)]
+        spent = row["seconds"]["masked"]
+        lines.append([f"{name}: all", *_microseconds(*total, spent), f"{spent / plain:.2f}"])
+        # as if masks took no instruction
+        free = sum(most / _gpu.SHARE + _gpu.LAUNCH for most, _, _ in limits)
+        limits_of_all = {"without instructions": free, "target": row["target"] * plain}
+        for what, seconds in limits_of_all.items():
+            cells = ["-"] * 3 + _microseconds(seconds)
+            lines.append([f"{name}: {what}", *cells, f"{seconds / plain:.2f}"])
+    return Table(
+        caption="The layers with a target, bfloat16, 4 samples: microseconds at which each "
+        "ceiling, fully used, lets a kernel pass, and those predicted",
+        header=[
+            "device, batch: kernel",
+            "memory",
+            "products",
+            "instructions",
+            "predicted",
+            "ratio",
+        ],
+        rows=lines,
+        note="Without instructions: the prediction for the same kernels if drawing, packing, "
+        "unpacking and slopes were free. Masks are drawn twice, packed for both products and for "
+        "the slope in dlogits.",
+    )
+
+
+def _microseconds(*seconds: float) -> list[str]:
+    return [f"{1e6 * t:.1f}" for t in seconds]
+
+
 def page(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any], figure: Figure) -> str:
     """Everything as Markdown."""
     from ..report.summary import markdown_figure, markdown_table
@@ -318,6 +364,10 @@ def page(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any], figure: F
         "```\npython -m modmask_kernels.bench.roofline\n```",
         markdown_figure(figure).rstrip("\n"),
         *(markdown_table(table_of(rows, dtype)).rstrip("\n") for dtype in DTYPES),
+        markdown_table(targets_table(rows)).rstrip("\n"),
+        "Logits are float32: a decision is made of logits in float32, and steps of learning that "
+        "are small beside them would be lost in bfloat16. What storing logits and their gradient "
+        "in bfloat16 would give is a column of the tables above, of an option that is not built.",
         markdown_table(
             Table(
                 caption="Most rows of a group for which masks are drawn inside the product",

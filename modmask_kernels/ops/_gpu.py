@@ -29,16 +29,19 @@ if _native.FORCED_BACKEND == "triton" and TRITON_ERROR is not None:
 SOURCES = ("bits", "regenerate")
 
 
-def _forced_by_environment() -> str | None:
+def _forced_by_environment() -> tuple[str | None, bool]:
     value = os.environ.get("MODMASK_GPU_MASKS", "")
-    if value and value not in SOURCES:
-        expected = ", ".join(SOURCES)
+    choices = (*SOURCES, "repack")
+    if value and value not in choices:
+        expected = ", ".join(choices)
         _native.refuse(ValueError(f"MODMASK_GPU_MASKS must be one of {expected}, not {value!r}"))
-    return value or None
+    source = "bits" if value == "repack" else value or None
+    return source, value in ("", "bits")
 
 
-FORCED_SOURCE: str | None = _forced_by_environment()
-"""Where MODMASK_GPU_MASKS wants masks to come from, or None."""
+FORCED_SOURCE, SAVES = _forced_by_environment()
+"""Where MODMASK_GPU_MASKS wants masks to come from, or None; whether the packed masks of a forward
+pass may be kept for the backward, not "repack"."""
 
 
 def absent() -> str | None:
@@ -98,10 +101,10 @@ def device_of(index: int) -> Device:
 
 # Slots per weight and tile beyond those of a plain product; where packed per weight and mask, and
 # per weight: docs/results/gpu/instructions.json, sm_90, rounded up.
-UNPACK = 4.0
-REGENERATE = 37.0
-PACK = 20.0
-PACK_ONCE = 28.0
+UNPACK = 3.0
+REGENERATE = 38.0
+PACK = 11.0
+PACK_ONCE = 24.0
 LAUNCH = 3e-6  # seconds, of one more kernel
 SHARE = 0.7  # of the ceilings that kernels reach
 

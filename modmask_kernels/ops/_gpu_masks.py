@@ -45,11 +45,14 @@ class Masks(NamedTuple):
         return self.logits.shape[0]
 
     @property
+    def draws(self) -> int:
+        """Seeds of a set."""
+        return self.seed.shape[1] if self.seed is not None and self.seed.dim() == 2 else 1
+
+    @property
     def per_set(self) -> int:
         """Groups of a set: its seeds times the samples of each."""
-        if self.seed is None:
-            return 1
-        return self.samples * (self.seed.shape[1] if self.seed.dim() == 2 else 1)
+        return 1 if self.seed is None else self.samples * self.draws
 
     @property
     def noise(self) -> bool:
@@ -89,6 +92,17 @@ class Masks(NamedTuple):
     def surrogate(self) -> dict[str, Any]:
         """Arguments of kernels that know soft masks or their slope."""
         return {"HARD": self.hard, "UNIT_TAU": self.tau == 1.0}
+
+
+# weights that a program of Triton packs, in rows of a word
+WORDS_OF_PROGRAM = 128
+# words after those of a mask, which tiles of a product read beyond its end
+_SLACK = 16
+
+
+def words_shape(sets: int, per_set: int, bits: int) -> tuple[int, int, int]:
+    """The shape of packed masks of so many bits, whole programs and some words more."""
+    return sets, per_set, -(-bits // (32 * WORDS_OF_PROGRAM)) * WORDS_OF_PROGRAM + _SLACK
 
 
 def contiguous_sets(logits: Tensor, dims: int) -> Tensor:

@@ -101,7 +101,9 @@ class MaskedProduct:
         shape: Callable[..., Sequence[int]],
     ) -> None:
         self.name = name
+        self.options = options
         self.reference = reference
+        self.shape = shape
         _library.define(f"{name}({_OPERANDS}, {options}{_DRAW}) -> Tensor", reference)
         _library.define(
             f"{name}_backward(Tensor dy, {_OPERANDS}, {options}{_DRAW}, {_NEEDS}) "
@@ -126,8 +128,9 @@ class MaskedProduct:
         self._differentiate = _library.differentiable_once(
             f"{name}_backward", _batching.product_backward
         )
-        self._eager = self._make_function()
+        self._eager = self._make_function(name, self._differentiate)
         self._unserved_on_gpu: Callable[..., str | None] | None = None
+        self._saves: Callable[..., bool] | None = None
 
     def on_gpu(
         self,
@@ -139,6 +142,51 @@ class MaskedProduct:
         self._unserved_on_gpu = unserved
         _library.implement(self.name, "CUDA", forward)
         _library.implement(f"{self.name}_backward", "CUDA", backward)
+
+    def saving_on_gpu(
+        self,
+        saves: Callable[..., bool],
+        words: Callable[..., Sequence[int]],
+        forward: Callable[..., tuple[Tensor, Tensor]],
+        backward: Callable[..., tuple[Tensor, ...]],
+    ) -> None:
+        """On CUDA tensors for which `saves` holds, let the forward pass give its packed masks too.
+
+        The backward takes them after dy, int32 of the shape `words`, and packs nothing.
+        """
+        name = f"{self.name}_saving"
+        _library.define_on_cuda(
+            f"{name}({_OPERANDS}, {self.options}{_DRAW}) -> (Tensor, Tensor)",
+        )
+        _library.define_on_cuda(
+            f"{name}_backward(Tensor dy, Tensor words, {_OPERANDS}, {self.options}{_DRAW}, "
+            f"{_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        )
+
+        @_library.fake(name)
+        def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+            x = arguments[0]
+            packed = x.new_empty(words(*arguments), dtype=torch.int32)
+            return x.new_empty(self.shape(*arguments)), packed
+
+        @_library.fake(f"{name}_backward")
+        def backward_fake(dy: Tensor, words: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            return _backward_fake(dy, *rest)
+
+        _library.implement(name, "CUDA", forward)
+        _library.implement(f"{name}_backward", "CUDA", backward)
+        differentiate = _library.differentiable_once(f"{name}_backward")
+        self._saves = saves
+        self._traced_saving = _library.differentiable(
+            name, _setup_context, lambda ctx, dy, _: self._gradients(ctx, dy, differentiate)
+        )
+        self._eager_saving = self._make_function(name, differentiate)
+
+    def saving(self, *arguments: Any) -> Tensor:
+        """The operation where `saving_on_gpu` says so."""
+        call = self._traced_saving if torch.compiler.is_compiling() else self._eager_saving
+        y = call(*arguments)
+        return y[0] if isinstance(y, tuple) else y
 
     def unserved(self, *arguments: Any) -> str | None:
         """Why no kernel serves these arguments and the reference does, or None."""
@@ -158,6 +206,8 @@ class MaskedProduct:
         y: Tensor
         if not uses_kernel(arguments[0]) and self.unserved(*arguments) is not None:
             y = self.reference(*arguments)
+        elif self._is_saved(arguments):
+            y = self.saving(*arguments)
         elif _library.traced():
             y = self._traced(*arguments)
         elif torch.is_grad_enabled():
@@ -165,6 +215,15 @@ class MaskedProduct:
         else:
             y = self._below_autograd(*arguments)
         return y
+
+    def _is_saved(self, arguments: tuple[Any, ...]) -> bool:
+        return (
+            arguments[0].is_cuda
+            and self._saves is not None
+            and torch.is_grad_enabled()
+            and (torch.compiler.is_compiling() or not _library.traced())
+            and self._saves(*arguments)
+        )
 
     def quick(self, *arguments: Any) -> Tensor | None:
         """The operation on the compiled CPU kernels, which check the arguments too, only tersely.
@@ -205,6 +264,7 @@ class MaskedProduct:
     ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:5]
         rest = ctx.rest
+        # packed masks first, where the forward pass gave them
         dx, dweight, dlogits, dbias, dbias_logits = differentiate(
             dy, *ctx.saved_tensors, *rest, *needs
         )
@@ -219,9 +279,10 @@ class MaskedProduct:
             *(None,) * len(rest),
         )
 
-    def _make_function(self) -> Callable[..., Tensor]:
+    def _make_function(self, name: str, refuse: Callable[..., Any]) -> Callable[..., Tensor]:
         product = self
-        backward_operation = getattr(torch.ops.modmask, f"{self.name}_backward").default
+        operation = getattr(torch.ops.modmask, name).default
+        backward_operation = getattr(torch.ops.modmask, f"{name}_backward").default
 
         def differentiate(*arguments: Any) -> Any:
             # around the operation alone: reading saved tensors may run a checkpoint again
@@ -233,14 +294,16 @@ class MaskedProduct:
 
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Tensor:
-                ctx.save_for_backward(*inputs[:6])
-                ctx.rest = inputs[6:]
-                return product._below_autograd(*inputs)
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = operation(*inputs)
+                _setup_context(ctx, inputs, output)
+                y: Tensor = output[0] if isinstance(output, tuple) else output
+                return y
 
             @staticmethod
             def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 if torch.is_grad_enabled():  # create_graph: the registered operation refuses
-                    return product._backward(ctx, dy)
+                    return product._gradients(ctx, dy, refuse)
                 return product._gradients(ctx, dy, differentiate)
 
         apply: Callable[..., Tensor] = Function.apply
@@ -260,8 +323,9 @@ class MaskedProduct:
         return tuple(next(grads) if need else dy.new_empty(0) for need in needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    words = output[1:] if isinstance(output, tuple) else ()
+    ctx.save_for_backward(*words, *inputs[:6])
     ctx.rest = inputs[6:]
 
 

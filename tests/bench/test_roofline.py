@@ -13,7 +13,7 @@ COUNTS = {
     name: {"slots": count}
     for name, count in {
         **{"bits": 4.0, "regenerate": 40.0, "pack": 30.0, "pack_once": 20.0},
-        **{"slope": 50.0, "slope_once": 10.0, "slope_pack": 55.0},
+        **{"slope": 50.0, "slope_once": 10.0},
     }.items()
 }
 H100 = _gpu.DEVICES[1]
@@ -27,29 +27,46 @@ def test_work_of_a_step():
     weights = 4096 * 2048
     bits = 4 * weights // 8
     rows = 256 * (4096 + 2048) * 2
-    assert "masks of dx" not in step
-    assert step["masks of forward"][1:] == (4 * weights + bits, 0.0, (4 * 30.0 + 20.0) * weights, 1)
+    assert list(step) == ["masks", "forward", "dlogits", "dx"]
+    assert step["masks"][1:] == (4 * weights + bits, 0.0, (4 * 30.0 + 20.0) * weights, 1)
     for name in ("forward", "dx"):
         # one tile of rows for each sample
         expected = (2 * weights + rows + bits, 2 * 256 * weights, 4.0 * 4 * weights, 2)
         assert step[name][1:] == expected
-    # it packs for dx
     assert step["dlogits"][1:] == (
-        2 * weights + rows + 2 * 4 * weights + bits,
+        2 * weights + rows + 2 * 4 * weights,
         2 * 256 * weights,
-        (4 * 55.0 + 10.0) * weights,
+        (4 * 50.0 + 10.0) * weights,
         2,
     )
     words = roofline.words_per_weight(list(step.values()), layer)
-    assert words == pytest.approx(1 + 3 * 0.5 + 2 + 4 * 4 / 32)
+    assert words == pytest.approx(1 + 3 * 0.5 + 2 + 3 * 4 / 32)
 
 
-def test_wide_tiles_of_dlogits_do_not_pack():
+def test_small_weights_are_packed_twice():
+    layer = roofline.Layer(512, 1024, 4096, 4, "bfloat16")
+    step = {work.name: work for work in roofline.masked_step(layer, H100, COUNTS)}
+    assert step["masks of dx"][1:] == step["masks"][1:]
+
+
+def test_wide_tiles_of_dlogits_fill_a_processor():
     layer = roofline.Layer(4096, 2048, 8192, 4, "bfloat16")
     step = {work.name: work for work in roofline.masked_step(layer, H100, COUNTS)}
-    assert step["masks of dx"][1:] == step["masks of forward"][1:]
     assert step["dlogits"].resident == 1
-    assert step["dlogits"].instructions == (4 * 50.0 + 10.0) * 4096 * 2048
+
+
+def test_the_page_says_what_targets_leave():
+    counts = read_json(RESULTS / "instructions.json")
+    rows = [row for row in roofline.predict_all(counts) if row["target"] is not None]
+    table = roofline.targets_table(rows)
+    by_name = {line[0]: line for line in table.rows}
+    for row in rows:
+        name = f"{row['device']}, {row['batch']}"
+        spent, free = (by_name[f"{name}: {of}"] for of in ("all", "without instructions"))
+        assert float(spent[5]) == pytest.approx(row["ratio_to_plain"], abs=0.006)
+        assert float(free[5]) <= min(float(spent[5]), row["target"])
+        parts = [float(by_name[f"{name}: {kernel}"][4]) for kernel in row["kernels"]]
+        assert sum(parts) == pytest.approx(float(spent[4]), abs=0.3)
 
 
 def test_two_programs_hide_half_of_the_shorter_time():

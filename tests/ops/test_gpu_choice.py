@@ -74,17 +74,20 @@ def test_products_by_dtype():
     )
 
 
-@pytest.mark.parametrize("value", ["bits", "regenerate", "both"])
+@pytest.mark.parametrize("value", ["bits", "regenerate", "repack", "both"])
 def test_environment(value):
     done = run_python(
         "-c",
-        "from modmask_kernels.ops import _gpu; print(_gpu.FORCED_SOURCE)",
+        "from modmask_kernels.ops import _gpu; print(_gpu.FORCED_SOURCE, _gpu.SAVES)",
         MODMASK_GPU_MASKS=value,
     )
     if value == "both":
-        assert "MODMASK_GPU_MASKS must be one of bits, regenerate, not 'both'" in done.stderr
+        assert (
+            "MODMASK_GPU_MASKS must be one of bits, regenerate, repack, not 'both'" in done.stderr
+        )
     else:
-        assert done.stdout.split() == [value], done.stderr
+        source = "bits" if value == "repack" else value
+        assert done.stdout.split() == [source, str(value == "bits")], done.stderr
 
 
 def test_a_forced_backend_leaves_gpus_to_the_reference(monkeypatch):
@@ -134,7 +137,10 @@ def test_explain_a_layer(with_cuda):
     assert "H100" in why
     assert why.startswith("triton")
     assert ("cuda: the CUDA kernels are absent" in why) == (not with_cuda)
+    assert "kept" not in why
     wide = torch.empty(4096, 4096)
+    _, why = gpu.explain(wide.bfloat16(), wide.unsqueeze(0), 4, rule, device=H100)
+    assert "packed masks kept for the gradient of x (8.0 MiB)" in why
     _, why = gpu.explain(wide, wide.unsqueeze(0), 4, rule, device=H100)
     assert why.startswith("cuda" if with_cuda else "triton")
     for more in ({"estimator": estimators.top_k()}, {"estimator": rule, "n_of_m": (2, 4)}):

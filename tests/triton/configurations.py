@@ -46,8 +46,6 @@ def _all():
             yield from (("forward", dtype, options), ("dx", dtype, options))
         for options in product([exact], ({}, BOTH, ALONE), (*ROWS, {"rows": 32})):
             yield "gradients", dtype, options
-        for options in product([exact], ({"rows": 64}, {"rows": 32}, {"rows": 8})):
-            yield "gradients", dtype, {**options, "packs": True}
         for options in product([exact], SOURCES, IMAGES):
             yield from (("conv_forward", dtype, options), ("conv_dx", dtype, options))
         for options in product([exact], ({}, BOTH, ALONE, {**ALONE, "packed": True}), IMAGES):

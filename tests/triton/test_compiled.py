@@ -48,9 +48,8 @@ CASES = [
     (90, "gradients", FP16, {}),
     (90, "gradients", BF16, {"rows": 8, "large_tiles": False}),
     (90, "gradients", BF16, {"need_weight": True}),
-    (90, "gradients", BF16, {"rows": 64, "packs": True}),
-    (100, "gradients", BF16, {"packs": True}),
-    (aot.AMD, "gradients", BF16, {"packs": True}),
+    (90, "gradients", BF16, {"rows": 64}),
+    (90, "pack", BF16, {"inputs": 4095}),
     (90, "forward", BF16, {"inputs": 4095}),
     (90, "gradients", BF16, {"inputs": 4095}),
     (90, "bias_gradients", BF16, {}),
@@ -129,7 +128,7 @@ def test_resources_and_instructions(case, compiled):
     if not odd and not gathered and kernel != "bias_gradients":
         wide = "dwordx4" if target == aot.AMD else r"ld\.global\.v4|ld\.global\..*v4|cp\.async\.cg"
         assert re.search(wide, text)
-    if target != aot.AMD and not ieee:
+    if target != aot.AMD and not ieee and kernel != "gradients":
         # the decision is made of separately rounded products and sums
         assert not re.search(r"\bfma\.rn\S*\.f32", text)
 
@@ -175,7 +174,7 @@ def test_two_programs_fit_a_processor(target, kernel, compiled):
 
 
 def test_two_gradients_of_few_rows_fit_a_processor(compiled):
-    found = compiled(name_of((90, "gradients", BF16, {"rows": 64, "packs": True})))
+    found = compiled(name_of((90, "gradients", BF16, {"rows": 64})))
     assert 2 * found.threads * found.registers <= 65536
     assert 2 * (found.shared + 1024) <= 228 << 10
 
@@ -199,6 +198,33 @@ def test_the_assembly_keeps_weights_by_their_top_bits():
         assert permuted(a, a, one) == 0xFFFFFFFF * (a >> 31)
     for text in (_triton.KEEP_PAIR.value, _triton.KEEP_ONE.value):
         assert text.endswith("and.b32 $0, $1, mask; }")
+
+
+def spread_place(weight):
+    return 31 - (weight & 1 | weight >> 2 & 6 | weight << 1 & 8 | weight << 3 & 16)
+
+
+def test_the_assembly_keeps_quads_of_spread_words():
+    names = {"even": 0, "odd": 1}
+    for text, per_mask in ((_triton.KEEP_QUAD_OF_PAIRS.value, 2), (_triton.KEEP_QUAD.value, 1)):
+        masks = re.findall(
+            r"prmt\.b32 mask, (\w+), (\w+), (0x\w+);\nand\.b32 \$(\d), \$(\d+)", text
+        )
+        assert [int(to) for *_, to, _ in masks] == list(range(4 // per_mask))
+        assert [int(of) for *_, of in masks] == [4 // per_mask + i for i in range(4 // per_mask)]
+        for weight in range(32):
+            word, quad = 1 << spread_place(weight), weight // 4
+            for other in range(8):
+                even = word << (other & 6 | other << 3 & 8) & 0xFFFFFFFF
+                words = (even, even << 1 & 0xFFFFFFFF)
+                kept = [
+                    permuted(words[names[a]], words[names[b]], int(selector, 16))
+                    for a, b, selector, *_ in masks
+                ]
+                bits = 32 // per_mask
+                parts = [m >> bits * i & (1 << bits) - 1 for m in kept for i in range(per_mask)]
+                expected = [(1 << bits) - 1 if 4 * other + i == weight else 0 for i in range(4)]
+                assert parts == expected, (weight, quad, other)
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120])

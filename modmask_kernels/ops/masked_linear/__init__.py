@@ -31,6 +31,7 @@ def _shape(x: Tensor, weight: Tensor, *_: Any) -> tuple[int, ...]:
 
 product = MaskedProduct("masked_linear", "", positional(reference.masked_linear), _shape)
 product.on_gpu(gpu.unserved, gpu.forward, gpu.backward)
+product.saving_on_gpu(gpu.saves, gpu.words_of, gpu.forward_saving, gpu.backward_saving)
 
 
 def _check_arguments(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import _native
 from .. import _gpu, estimators
+from .._batching import masks_per_set
 from .._gpu_masks import (
     DECIDED,
     Masks,
@@ -24,6 +25,7 @@ from .._gpu_masks import (
     mask_words,
     masks_of,
     packed_only,
+    words_shape,
 )
 from ..estimators import Estimator
 from . import cuda
@@ -31,6 +33,9 @@ from . import cuda
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # offsets inside a tile have 32 bits
 MOST_COLUMNS = 2**23
+# weights from which masks are packed once for both passes
+LEAST_SAVED = 2**20
+_SAVED = _gpu.Way("triton", "bits", "packed by the forward pass", {})
 # blocks along a dimension of a launch
 MOST_BLOCKS = 2**16 - 1
 
@@ -224,6 +229,9 @@ def explain(
     ]
     forced = _gpu.FORCED_SOURCE
     why = f"MODMASK_GPU_MASKS={forced}" if forced else f"by the model of {device.name}"
+    if _kept(weight.dtype, weight, logits, draw):
+        size = masks.per_set * math.prod(weight.shape) / 8
+        why += f", packed masks kept for the gradient of x ({size / 2**20:.1f} MiB)"
     absent = [f"{kind}: {found[kind]}" for kind in _gpu.KINDS if found[kind] is not None]
     return parts[-1][0].kind, "; ".join([*told, why, *absent])
 
@@ -239,20 +247,32 @@ def _product(
     backward: bool,
     words: Tensor | None = None,
 ) -> Tensor:
-    """x (W*M)^T + bias, or dy (W*M), as chosen; `words`: masks that Triton has packed before."""
+    """x (W*M)^T + bias, or dy (W*M), as chosen; `words`: those of `_packed`."""
+    options: dict[str, Any] = {"backward": backward, "tf32": tf32(a)}
     if way.source == "bits" and (way.kind == "cuda" or special):
         words = mask_words(masks, weight.shape, n_of_m)
         masks = masks._replace(element_offset=0)  # where such words begin
-    elif way.source == "bits" and words is None:
-        from ..sample_mask import triton
-
-        words = triton.pack(masks)
+    elif way.source == "bits":
+        words = _packed(masks, weight) if words is None else words
+        options["spread"] = _spread(masks, weight)
     if way.kind == "triton":
         masks = decided_bias(masks)
-    y: Tensor = _kernels(way.kind).product(
-        a, weight, masks, bias, words, backward=backward, tf32=tf32(a)
-    )
+    y: Tensor = _kernels(way.kind).product(a, weight, masks, bias, words, **options)
     return y
+
+
+def _spread(masks: Masks, weight: Tensor) -> bool:
+    """Whether Triton packs these masks in the order that its product unpacks quicker."""
+    from . import triton
+
+    return triton.rows_are_words(masks, weight.shape[1])
+
+
+def _packed(masks: Masks, weight: Tensor) -> Tensor:
+    """The masks of all groups, packed by Triton."""
+    from ..sample_mask import triton
+
+    return triton.pack(masks, spread=_spread(masks, weight))
 
 
 def _gradients(
@@ -265,12 +285,8 @@ def _gradients(
     special: bool,
     need_weight: bool,
     need_logits: bool,
-    packed: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dweight, dlogits) by the kernels of the product; see `_product`.
-
-    `packed`: words that Triton's kernel fills with the masks that it draws.
-    """
+    """(dweight, dlogits) by the kernels of the product; see `_product`."""
     dweight = dlogits = None
     coarse = masks.logits.shape[1:] != weight.shape
     if need_logits and coarse:
@@ -304,7 +320,6 @@ def _gradients(
             decided,
             need_weight=need_weight,
             need_logits=need_logits,
-            words=packed,
             tf32=tf32(x),
         )
         dweight = found[0] if need_weight else dweight
@@ -312,16 +327,56 @@ def _gradients(
     return dweight, dlogits
 
 
-def _words_of_gradients(
-    x: Tensor, weight: Tensor, masks: Masks, need_weight: bool, need_logits: bool
-) -> Tensor | None:
-    """Room for masks that the gradient of the logits packs for that of x, if it does."""
-    from ..sample_mask import triton as sample_mask
-    from . import triton
+def saves(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    *draw: Any,
+) -> bool:
+    """Whether the packed masks of the forward pass are kept for the gradient of x."""
+    return x.requires_grad and _kept(x.dtype, weight, logits, draw)
 
-    if not triton.packs(x, weight, masks, need_weight, need_logits):
-        return None
-    return sample_mask.empty_words(masks)
+
+def _kept(dtype: torch.dtype, weight: Tensor, logits: Tensor, draw: tuple[Any, ...]) -> bool:
+    """Whether packed masks are worth keeping: Triton's, of weights that are not small, for products
+    of matrix units. Compilers ask too: it looks at no sizes of x and at no device."""
+    element_offset, hard = draw[3], draw[6]
+    return (
+        _gpu.SAVES
+        and hard
+        and (dtype.itemsize == 2 or tf32(weight))
+        and weight.numel() >= LEAST_SAVED
+        and element_offset % 4 == 0
+        and unserved_by_triton(dtype, weight, logits, draw) is None
+    )
+
+
+def words_of(x: Tensor, weight: Tensor, logits: Tensor, *rest: Any) -> tuple[int, ...]:
+    """The shape of the masks that `forward_saving` gives."""
+    seed, samples = rest[2], rest[7]
+    sets = logits.shape[0] if logits.dim() == 3 else 1
+    return words_shape(sets, masks_per_set(seed, samples), weight.numel())
+
+
+def forward_saving(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    bias_logits: Tensor | None,
+    seed: Tensor | None,
+    *draw: Any,
+) -> tuple[Tensor, Tensor]:
+    """The operation `modmask::masked_linear_saving`: y and the packed masks of all groups."""
+    masks = masks_of(logits, bias_logits, seed, 2, draw)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        rows, weight = x.flatten(0, -2).contiguous(), weight.contiguous()
+        words = _packed(masks, weight)
+        y = _product(_SAVED, rows, weight, masks, bias, [], False, False, words)
+    return y.view(*x.shape[:-1], weight.shape[0]), words
 
 
 def forward(
@@ -349,12 +404,21 @@ def forward(
 
 def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The operation `modmask::masked_linear_backward`."""
+    return _backward(dy, None, *arguments)
+
+
+def backward_saving(dy: Tensor, words: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operation `modmask::masked_linear_saving_backward`; `words`: of `forward_saving`."""
+    return _backward(dy, words, *arguments)
+
+
+def _backward(dy: Tensor, words: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     x, weight, logits, bias, bias_logits, seed = arguments[:6]
     draw, needs = arguments[6:-5], arguments[-5:]
     from . import product
 
     masks = masks_of(logits, bias_logits, seed, 2, draw)
-    way = _here(x, weight, logits, masks, draw)
+    way = _here(x, weight, logits, masks, draw) if words is None else _SAVED
     if way is None:
         return product.backward_reference(dy, *arguments)
     special, n_of_m = packed_only(weight, logits, draw) is not None, list(draw[-1])
@@ -363,15 +427,9 @@ def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         weight = weight.contiguous()
         rows, of_rows = (t.flatten(0, -2).contiguous() for t in (x, dy))
-        words = None
-        if need_x and way[:2] == ("triton", "bits") and not special:
-            words = _words_of_gradients(rows, weight, masks, need_weight, need_logits)
         if need_weight or need_logits:
             dweight, dlogits = _gradients(
-                *(way, of_rows, rows, weight, masks, n_of_m, special),
-                need_weight,
-                need_logits,
-                words,
+                *(way, of_rows, rows, weight, masks, n_of_m, special), need_weight, need_logits
             )
         if need_x:
             dx = _product(way, of_rows, weight, masks, None, n_of_m, special, True, words)

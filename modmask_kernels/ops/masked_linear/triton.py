@@ -20,12 +20,16 @@ from .._triton import (
     Config,
     Masks,
     draw_tile,
-    exp_minus,
+    exp_minus_about,
     has_large_tiles,
+    in_order,
     kept_tile,
-    packed_tile,
+    load,
+    noise_of_quads,
+    noise_of_sample,
+    number_of,
     precision,
-    slope_tile,
+    slope_of,
     tile_of_program,
     upcast,
 )
@@ -60,6 +64,8 @@ def _masked_weight(
     HARD: tl.constexpr,
     UNIT_TAU: tl.constexpr,
     UPCAST: tl.constexpr,
+    SPREAD: tl.constexpr = False,
+    EVEN: tl.constexpr = False,
 ):
     """W * M of outputs o0.. and inputs i0.., zeros beyond the weight, in its dtype."""
     row = tl.arange(0, ROWS)[:, None]
@@ -68,14 +74,16 @@ def _masked_weight(
     inside = within & (column < inputs - i0)
     corner = o0.to(tl.int64) * inputs + i0
     offset = row * inputs + column
-    weight = tl.load(weight_ptr + corner + offset, mask=inside, other=0.0)
+    weight = load(weight_ptr + corner + offset, inside, EVEN)
     if UPCAST:
         weight = weight.to(tl.float32)
     if SOURCE == BITS:
         first = corner + (element_offset.to(tl.int64) & 3)
-        weight = kept_tile(weight, words_ptr, first, inputs, within, ROWS, COLUMNS, WORDS)
+        weight = kept_tile(
+            weight, words_ptr, first, inputs, within, ROWS, COLUMNS, WORDS, SPREAD, EVEN
+        )
     elif SOURCE == REGENERATE:
-        logits = tl.load(logits_ptr + corner + offset, mask=inside, other=0.0)
+        logits = load(logits_ptr + corner + offset, inside, EVEN)
         kept, value, _ = draw_tile(
             logits,
             element_offset.to(tl.int64) + corner,
@@ -149,6 +157,8 @@ def masked_product(
     SOURCE: tl.constexpr,
     QUADS: tl.constexpr,
     WORDS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    EVEN: tl.constexpr,
     NOISE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     ANTITHETIC: tl.constexpr,
@@ -195,9 +205,7 @@ def masked_product(
     a_ptr += first * depth
     total = tl.zeros((M, N), dtype=tl.float32)
     for k0 in range(0, depth, K):
-        a = tl.load(
-            a_ptr + k0 + (m * depth + k), mask=(m < rows - m0) & (k < depth - k0), other=0.0
-        )
+        a = load(a_ptr + k0 + (m * depth + k), (m < rows - m0) & (k < depth - k0), EVEN)
         if UPCAST:
             a = a.to(tl.float32)
         if BACKWARD:
@@ -234,6 +242,8 @@ def masked_product(
             HARD,
             UNIT_TAU,
             UPCAST,
+            SPREAD,
+            EVEN,
         )
         if BACKWARD:
             total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -283,16 +293,15 @@ def weight_gradients(
     seed_ptr,
     dlogits_ptr,
     dweight_ptr,
-    words_ptr,
     rows,
     outputs,
     inputs,
     sets,
+    draws,
     per_set,
     samples,
     logits_stride,
     seed_stride,
-    words_stride,
     sample_offset,
     element_offset,
     tensor_id,
@@ -303,8 +312,8 @@ def weight_gradients(
     most,
     NEED_LOGITS: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
-    PACK: tl.constexpr,
     QUADS: tl.constexpr,
+    EVEN: tl.constexpr,
     NOISE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     ANTITHETIC: tl.constexpr,
@@ -320,9 +329,11 @@ def weight_gradients(
     """dlogits[set] = W * sum over samples of D * slope and dweight = sum over groups of D * M.
 
     D = dy^T x of a group. A program owns M outputs and N inputs, of one set, or with NEED_WEIGHT
-    of all sets, and adds in the order of the groups. With PACK it also writes the masks, packed.
+    of all sets, and adds in the order of the groups.
     """
-    QUICK: tl.constexpr = UNIT_TAU and NOISE and ESTIMATOR == GUMBEL_SIGMOID and not NEED_WEIGHT
+    GUMBEL: tl.constexpr = NOISE and ESTIMATOR == GUMBEL_SIGMOID
+    QUICK: tl.constexpr = GUMBEL and UNIT_TAU and QUADS and not NEED_WEIGHT
+    each = per_set // draws
     row, column = tile_of_program(
         tl.program_id(0), tl.cdiv(outputs, M), tl.cdiv(inputs, N), M, N, TOGETHER
     )
@@ -341,87 +352,75 @@ def weight_gradients(
         first_set = tl.program_id(1)
         last_set = first_set + 1
     for set_ in range(first_set, last_set):
-        logits = tl.load(
-            logits_ptr + (set_ + tl.full((), 0, tl.int64)) * logits_stride + corner + offset,
-            mask=inside,
-            other=0.0,
-        )
-        e = logits
+        at = (set_ + tl.full((), 0, tl.int64)) * logits_stride + corner
+        logits = load(logits_ptr + at + offset, inside, EVEN)
         if QUICK:
-            e = exp_minus(logits)
+            e = exp_minus_about(logits)
         dlogits = tl.zeros((M, N), dtype=tl.float32)
-        for j in range(per_set):
-            first = (set_ * per_set + j) * rows.to(tl.int64)
-            product = tl.zeros((M, N), dtype=tl.float32)
-            for r0 in range(0, rows, K):
-                r = tl.arange(0, K)[:, None]
-                there = r < rows - r0
-                dy = tl.load(
-                    dy_ptr + (first + r0) * outputs + o0 + (r * outputs + tl.trans(o)),
-                    mask=there & (tl.trans(o) < outputs - o0),
-                    other=0.0,
-                )
-                x = tl.load(
-                    x_ptr + (first + r0) * inputs + i0 + (r * inputs + i),
-                    mask=there & (i < inputs - i0),
-                    other=0.0,
-                )
-                if UPCAST:
-                    dy = dy.to(tl.float32)
-                    x = x.to(tl.float32)
-                product = tl.dot(tl.trans(dy), x, product, input_precision=PRECISION)
+        for d in range(draws):
             key = tl.full((), 0, tl.int64)
             if NOISE:
-                key = tl.load(seed_ptr + set_ * seed_stride + j // samples)
+                key = tl.load(seed_ptr + set_ * seed_stride + d)
             if QUICK:
-                kept, slope = slope_tile(
-                    e,
-                    element_offset.to(tl.int64) + corner,
-                    inputs,
-                    sample_offset.to(tl.int64) + j % samples,
-                    tensor_id,
-                    key,
-                    M,
-                    N,
-                    QUADS,
-                    ANTITHETIC,
-                )
-                dlogits += product * slope
-                if PACK:
-                    w = tl.arange(0, N // 32)[None, :]
-                    to = words_ptr + (set_ * per_set + j) * words_stride.to(tl.int64)
-                    tl.store(
-                        to + (corner >> 5) + (o * (inputs // 32) + w),
-                        packed_tile(kept, M, N),
-                        mask=(o < outputs - o0) & (w < (inputs - i0) // 32),
+                quad = (element_offset.to(tl.int64) + corner) >> 2
+                quad = quad + (o * (inputs // 4) + tl.arange(0, N // 4)[None, :])
+                s0, s1, s2, s3 = noise_of_quads(quad.to(tl.uint32), quad >> 32, tensor_id, key)
+            for s in range(each):
+                first = (set_ * per_set + d * each + s) * rows.to(tl.int64)
+                product = tl.zeros((M, N), dtype=tl.float32)
+                for r0 in range(0, rows, K):
+                    r = tl.arange(0, K)[:, None]
+                    there = r < rows - r0
+                    dy = load(
+                        dy_ptr + (first + r0) * outputs + o0 + (r * outputs + tl.trans(o)),
+                        there & (tl.trans(o) < outputs - o0),
+                        EVEN,
                     )
-            else:
-                kept, value, slope = draw_tile(
-                    logits,
-                    element_offset.to(tl.int64) + corner,
-                    inputs,
-                    sample_offset.to(tl.int64) + j % samples,
-                    tensor_id,
-                    key,
-                    tau,
-                    low,
-                    high,
-                    least,
-                    most,
-                    M,
-                    N,
-                    QUADS,
-                    NOISE,
-                    ESTIMATOR,
-                    ANTITHETIC,
-                    UNIT_TAU,
-                )
-                if NEED_LOGITS:
-                    dlogits += product * slope
-                if NEED_WEIGHT:
-                    dweight += tl.where(kept, product, 0.0) if HARD else product * value
+                    x = load(
+                        x_ptr + (first + r0) * inputs + i0 + (r * inputs + i),
+                        there & (i < inputs - i0),
+                        EVEN,
+                    )
+                    if UPCAST:
+                        dy = dy.to(tl.float32)
+                        x = x.to(tl.float32)
+                    product = tl.dot(tl.trans(dy), x, product, input_precision=PRECISION)
+                sample = sample_offset.to(tl.int64) + s
+                if QUICK:
+                    w0, w1, w2, w3 = noise_of_sample(
+                        s0, s1, s2, s3, number_of(sample, ANTITHETIC), tensor_id, key
+                    )
+                    words = in_order(w0, w1, w2, w3)
+                    if ANTITHETIC:
+                        words = words ^ (0 - (sample & 1)).to(tl.uint32)
+                    dlogits = tl.fma(product, slope_of(e, words), dlogits)
+                else:
+                    kept, value, slope = draw_tile(
+                        logits,
+                        element_offset.to(tl.int64) + corner,
+                        inputs,
+                        sample,
+                        tensor_id,
+                        key,
+                        tau,
+                        low,
+                        high,
+                        least,
+                        most,
+                        M,
+                        N,
+                        QUADS,
+                        NOISE,
+                        ESTIMATOR,
+                        ANTITHETIC,
+                        UNIT_TAU,
+                    )
+                    if NEED_LOGITS:
+                        dlogits += product * slope
+                    if NEED_WEIGHT:
+                        dweight += tl.where(kept, product, 0.0) if HARD else product * value
         if NEED_LOGITS:
-            weight = tl.load(weight_ptr + corner + offset, mask=inside, other=0.0)
+            weight = load(weight_ptr + corner + offset, inside, EVEN)
             dlogits *= weight.to(tl.float32)
             # sets may share logits, never their gradient
             own = set_ * (outputs.to(tl.int64) * inputs)
@@ -550,6 +549,11 @@ def gradients_config(
     )
 
 
+def rows_are_words(masks: Masks, inputs: int) -> bool:
+    """Whether packed masks begin a word with every row of the weight: then they are spread."""
+    return inputs % 32 == 0 and masks.skip == 0
+
+
 def product(
     a: Tensor,
     weight: Tensor,
@@ -558,6 +562,7 @@ def product(
     words: Tensor | None = None,
     *,
     backward: bool = False,
+    spread: bool = False,
     tf32: bool = False,
     config: Config | None = None,
 ) -> Tensor:
@@ -568,6 +573,7 @@ def product(
         weight: `[outputs, inputs]`, contiguous, dtype of `a`.
         masks: what is drawn; its bias is masked where it has logits of it.
         words: packed masks of all groups; without them masks are drawn anew tile by tile.
+        spread: how `sample_mask.triton.pack` was told to pack them.
     """
     outputs, inputs = weight.shape
     groups = masks.sets * masks.per_set
@@ -579,7 +585,7 @@ def product(
     config = config or product_config(a.dtype, rows, words is None, tf32)
     tiles = groups * triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n)
     masked_bias = bias is not None and masks.bias_logits is not None
-    whole = inputs % 32 == 0 and masks.skip == 0
+    whole = rows_are_words(masks, inputs)
     masked_product[(tiles,)](
         a,
         weight,
@@ -605,21 +611,14 @@ def product(
         SOURCE=(REGENERATE if words is None else BITS).value,
         QUADS=masks.quads(inputs),
         WORDS=whole,
+        SPREAD=spread,
+        EVEN=not (rows % config.m or columns % config.n or (weight.numel() // columns) % config.k),
         UPCAST=upcast(a.dtype),
         PRECISION=precision(a.dtype, tf32),
         TOGETHER=8,
         **config.launch(whole and has_large_tiles(a)),
     )
     return result
-
-
-def packs(x: Tensor, weight: Tensor, masks: Masks, need_weight: bool, need_logits: bool) -> bool:
-    """Whether `gradients` of rows like x can write the packed masks, for which it has noise."""
-    plain = masks.noise and masks.code == GUMBEL_SIGMOID.value and masks.tau == 1.0
-    whole = weight.shape[1] % 32 == 0 and masks.skip == 0
-    rows = x.shape[0] // (masks.sets * masks.per_set)
-    wide = x.element_size() == 2 and rows > _MANY and has_large_tiles(x)  # no registers left
-    return plain and whole and not wide and need_logits and not need_weight and weight.numel() > 0
 
 
 def gradients(
@@ -630,7 +629,6 @@ def gradients(
     *,
     need_weight: bool = False,
     need_logits: bool = True,
-    words: Tensor | None = None,
     tf32: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -639,10 +637,7 @@ def gradients(
     Args:
         dy: `[groups * rows, outputs]`. x: `[groups * rows, inputs]`. Both contiguous.
         weight, masks: as in `product`.
-        words: where to write the packed masks, which are drawn for dlogits anyway; only if
-            `packs(...)`.
     """
-    assert words is None or packs(x, weight, masks, need_weight, need_logits)
     outputs, inputs = weight.shape
     rows = x.shape[0] // (masks.sets * masks.per_set)
     dweight = torch.empty_like(weight) if need_weight else None
@@ -662,20 +657,19 @@ def gradients(
         masks.logits,
         dlogits_ptr=masks.logits if dlogits is None else dlogits,
         dweight_ptr=weight if dweight is None else dweight,
-        words_ptr=masks.logits if words is None else words,
         rows=rows,
         outputs=outputs,
         inputs=inputs,
         sets=masks.sets,
+        draws=masks.draws,
         logits_stride=masks.logits.stride(0),
-        words_stride=0 if words is None else words.stride(-2),
         element_offset=masks.element_offset,
         **masks.arguments(),
         **masks.surrogate(),
         NEED_LOGITS=need_logits,
         NEED_WEIGHT=need_weight,
-        PACK=words is not None,
         QUADS=masks.quads(inputs),
+        EVEN=not (outputs % config.m or inputs % config.n or rows % config.k),
         UPCAST=upcast(x.dtype),
         PRECISION=precision(x.dtype, tf32),
         TOGETHER=8,

@@ -85,6 +85,45 @@ def test_the_bits_of_the_cpu(options, count):
         assert torch.equal(got, expected[: got.shape[0]])
 
 
+@pytest.mark.parametrize("count", [4096, 200])
+def test_spread_words_are_the_same_bits(count):
+    logits = torch.randn(2, count, generator=torch.Generator().manual_seed(0)) * 3
+    m = masks(logits, torch.tensor([11, -12]), samples=2)
+    used = count // 32
+    natural, spread = (pack(m, spread=s)[..., :used].numpy() for s in (False, True))
+    places = [31 - (c & 1 | c >> 2 & 6 | c << 1 & 8 | c << 3 & 16) for c in range(32)]
+    assert sorted(places) == list(range(32))
+    for weight, place in enumerate(places):
+        np.testing.assert_array_equal(spread >> place & 1, natural >> weight & 1)
+
+
+def test_words_far_in_a_parameter():
+    """Whole programs at an offset whose quads need more than 32 bits."""
+    logits = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
+    for offset in (2**34, 2**34 - 4096, 2**34 - 2048):
+        options = {"seed": torch.tensor(7), "element_offset": offset, "samples": 2}
+        got = packed_by_triton(masks(logits, **options))
+        assert torch.equal(got[:, 0], ops.sample_mask_packed(logits[0], **options))
+
+
+def test_rounding_towards_zero_decides():
+    """What the assembly computes, where 2ue + 2u is near 2: the interpreter cannot run it."""
+    rng = np.random.default_rng(0)
+    k = rng.integers(0, 2**23, 200_000).astype(np.uint32)
+    k[:4] = 0, 1, 2**23 - 2, 2**23 - 1
+    u = ((2 * k.astype(np.int64) + 1) * 2.0**-24).astype(np.float32)
+    near = (1 - u) / u * (1 + rng.integers(-4, 5, k.size) * 2.0**-24)
+    for e in (near.astype(np.float32), np.float32(2.0) ** rng.integers(-101, 102, k.size)):
+        kept = u * e < 1 - u
+        shifted = (np.uint32(0x80) << 23) | (k << 9 >> 9)
+        doubled = shifted.view(np.float32) + np.uint32(0xBFFFFFFF).view(np.float32)
+        assert np.array_equal(doubled, 2 * u)
+        exact = (doubled * e).astype(np.float64) + doubled
+        rounded = exact.astype(np.float32)
+        rounded = np.where(rounded > exact, np.nextafter(rounded, np.float32(0)), rounded)
+        np.testing.assert_array_equal(rounded.view(np.uint32) >> 30, ~kept)
+
+
 def test_a_hundred_thousand_decisions():
     g = torch.Generator().manual_seed(0)
     logits = torch.cat(

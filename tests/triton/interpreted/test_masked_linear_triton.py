@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from guards import within_walls
 from test_masked_linear import NAMES, Case, apply, check
 
 from modmask_kernels import _native, ops
-from modmask_kernels.ops import _gpu, _gpu_masks, estimators
-from modmask_kernels.ops.masked_linear import gpu, product, triton
-from modmask_kernels.ops.sample_mask import triton as sample_mask
+from modmask_kernels.ops import _gpu, estimators
+from modmask_kernels.ops.masked_linear import gpu, product
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 SMALL = Case(rows=3, inputs=37, outputs=19)
@@ -68,7 +68,7 @@ def test_soft_masks_and_estimators(options):
 
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 1, 1), (17, 64, 33), (64, 5, 64), (2, 63, 1), (1, 3, 40), (33, 31, 32)],
+    [(1, 1, 1), (17, 64, 33), (64, 5, 64), (2, 63, 1), (1, 3, 40), (33, 31, 32), (64, 64, 32)],
 )
 def test_sizes(rows, inputs, outputs, source):
     check(Case(rows=rows, inputs=inputs, outputs=outputs, sets=1, samples=2))
@@ -151,18 +151,102 @@ def test_what_is_not_served(monkeypatch):
     assert torch.equal(y, product.reference(*operands, *draw, *plain, [1, 1]))
 
 
-@pytest.mark.parametrize("options", [{}, {"antithetic": True, "sample_offset": 3}], ids=str)
-def test_gradients_pack_the_masks(options):
-    """The bits that dx reads are those of the kernel that packs alone."""
-    case = replace(SMALL, inputs=64, options=options)
+def arguments_of(case):
+    """Of the operation, by position; every tensor but the seed needs a gradient."""
     t = case.tensors()
-    given = (t["x"], t["weight"], t["logits"], None, None, case.draw()["seed"])
-    drawn = estimators.arguments("gumbel_sigmoid", options.get("antithetic", False))
-    draw = (0, 1, options.get("sample_offset", 0), 0, case.samples, 1.0, True, *drawn, [])
-    masks = _gpu_masks.masks_of(given[2], None, given[5], 2, draw)
-    dy = torch.randn(t["x"].shape[0], t["weight"].shape[0])
-    assert triton.packs(t["x"], t["weight"], masks, False, True)
-    words = sample_mask.empty_words(masks)
-    triton.gradients(dy, t["x"], t["weight"], masks, words=words)
-    used = t["weight"].numel() // 32
-    assert torch.equal(words[..., :used], sample_mask.pack(masks)[..., :used])
+    seed = case.draw()["seed"]
+    tensors = [t[name].requires_grad_() for name in ("x", "weight", "logits")]
+    biases = [None if t[n] is None else t[n].requires_grad_() for n in ("bias", "bias_logits")]
+    given = {"samples": case.samples, "sample_offset": 0, "antithetic": False, **case.options}
+    drawn = estimators.arguments("gumbel_sigmoid", given["antithetic"])
+    draw = (0, 1, given["sample_offset"], 0, given["samples"], 1.0, True, *drawn, [])
+    return (*tensors, *biases, seed, *draw)
+
+
+@pytest.fixture
+def saving():
+    library = torch.library.Library("modmask", "IMPL")
+    for name, function in (
+        ("masked_linear_saving", gpu.forward_saving),
+        ("masked_linear_saving_backward", gpu.backward_saving),
+    ):
+        library.impl(name, within_walls(function), "CPU")
+    yield product.saving
+    library._destroy()
+
+
+SAVED = [
+    replace(SMALL, inputs=64),
+    replace(SMALL, inputs=64, options={"antithetic": True, "sample_offset": 3}),
+    replace(SMALL, inputs=40, seeds="one"),
+    replace(SMALL, inputs=64, outputs=32, rows=64, sets=1, samples=1),
+    replace(SMALL, inputs=64, seeds=None, masked_bias=False),
+]
+
+
+@pytest.mark.parametrize("case", SAVED, ids=str)
+def test_masks_that_the_forward_pass_keeps(case, saving, monkeypatch):
+    """The same result and gradients, bit by bit; the backward packs nothing."""
+    choose = _gpu.choose
+    monkeypatch.setattr(_gpu, "choose", lambda p, device: choose(p, device, "bits"))
+    arguments = arguments_of(case)
+    leaves = [t for t in arguments[:5] if t is not None]
+    y = product(*arguments)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(y, leaves, dy)
+    kept = saving(*arguments)
+    assert torch.equal(kept, y)
+    packed = []
+    monkeypatch.setattr(gpu, "_packed", lambda *_: packed.append(1))
+    for _ in range(2):  # a graph may be walked twice
+        found = torch.autograd.grad(kept, leaves, dy, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not packed
+
+
+def test_the_saving_operation_is_registered(saving):
+    arguments = arguments_of(SAVED[0])
+    torch.library.opcheck(torch.ops.modmask.masked_linear_saving.default, arguments)
+    words = torch.ops.modmask.masked_linear_saving(*arguments)[1]
+    assert words.shape == gpu.words_of(*arguments)
+
+    def of(x):
+        return saving(x, *arguments[1:]).square().sum()
+
+    def gradient(function):
+        (dx,) = torch.autograd.grad(function(arguments[0]), arguments[0])
+        return dx
+
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    assert torch.equal(gradient(compiled), gradient(of))
+    (dx,) = torch.autograd.grad(of(arguments[0]), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+    each = torch.vmap(lambda seed: product._traced_saving(*arguments[:5], seed, *arguments[6:])[0])
+    seeds = torch.stack([arguments[5], arguments[5] + 1])
+    one = [saving(*arguments[:5], seed, *arguments[6:]) for seed in seeds]
+    assert torch.equal(each(seeds), torch.stack(one))
+
+
+def test_which_masks_are_kept(monkeypatch):
+    large = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
+    x, logits = large[:8].requires_grad_(), torch.empty(1024, 1024, device="meta")
+    seed = torch.empty((), dtype=torch.int64)
+    plain = estimators.arguments("gumbel_sigmoid", False)
+
+    def saves(x=x, weight=large, logits=logits, offset=0, hard=True, n_of_m=()):
+        draw = (0, 1, 0, offset, 4, 1.0, hard, *plain, list(n_of_m))
+        return gpu.saves(x, weight, logits, None, None, seed, *draw)
+
+    assert saves()
+    assert torch.compile(saves, fullgraph=True, backend="eager")()
+    assert saves(offset=4)
+    assert not saves(offset=5)
+    assert not saves(hard=False)
+    assert not saves(n_of_m=(2, 4))
+    assert not saves(x=x.detach())
+    assert not saves(weight=large[:1000], logits=logits[:1000])
+    single = large.float()
+    assert not saves(x=single[:8].requires_grad_(), weight=single)
+    monkeypatch.setattr(_gpu, "SAVES", False)
+    assert not saves()
