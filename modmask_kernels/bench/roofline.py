@@ -101,7 +101,9 @@ def _tile(layer: Layer, source: str) -> int:
 
 
 def source_of(layer: Layer, device: _gpu.Device) -> str:
-    """Where the chooser takes the masks of the two products from."""
+    """Where the masks of the two products come from: kept bits, or as the chooser says."""
+    if layer.weights >= LEAST_SAVED:
+        return "bits"
     rows = layer.batch // layer.samples
     product = _gpu.Product(
         *(1, layer.samples, rows, layer.outputs, layer.inputs, layer.size),

@@ -159,13 +159,7 @@ def in_order(w0, w1, w2, w3):
 @triton.jit
 def uniform(words):
     """u = (2k+1) * 2**-24 of words whose upper 23 bits are k; every operation is exact."""
-    if PTX:  # an exponent is shifted in with k
-        one_and_k = tl.inline_asm_elementwise(
-            "shf.r.wrap.b32 $0, $1, 0x7F, 9;", "=r,r", [words], tl.float32, is_pure=True, pack=1
-        )
-    else:
-        one_and_k = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-    return one_and_k - ONE_MINUS_HALF_STEP
+    return ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - ONE_MINUS_HALF_STEP
 
 
 @triton.jit
@@ -326,7 +320,13 @@ def draw_tile(
 @triton.jit
 def slope_of(e, words):
     """The slope of the soft mask at tau 1, from `exp_minus_about` of the logits and their noise."""
-    u = uniform(words)
+    if PTX:  # an exponent is shifted in with k
+        one_and_k = tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, 0x7F, 9;", "=r,r", [words], tl.float32, is_pure=True, pack=1
+        )
+        u = one_and_k - ONE_MINUS_HALF_STEP
+    else:
+        u = uniform(words)
     rest = 1.0 - u
     value = rest * _reciprocal(tl.fma(u, e, rest))
     return tl.fma(-value, value, value)

@@ -141,7 +141,7 @@ def test_explain_a_layer(with_cuda):
     wide = torch.empty(4096, 4096)
     _, why = gpu.explain(wide.bfloat16(), wide.unsqueeze(0), 4, rule, device=H100)
     assert "packed masks kept for the gradient of x (8.0 MiB)" in why
-    _, why = gpu.explain(wide, wide.unsqueeze(0), 4, rule, device=H100)
+    _, why = gpu.explain(wide, wide.unsqueeze(0), 4, rule, device=DEVICES[0])
     assert why.startswith("cuda" if with_cuda else "triton")
     for more in ({"estimator": estimators.top_k()}, {"estimator": rule, "n_of_m": (2, 4)}):
         backend, why = gpu.explain(weight, logits, 4, device=H100, **more)
@@ -150,7 +150,10 @@ def test_explain_a_layer(with_cuda):
 
 
 def test_few_rows_are_for_cuda_and_many_for_triton():
-    """Of float32, whose products have no matrix units: a tile of 16 costs what it has."""
+    """Of float32, whose products have no matrix units: a tile of 16 costs what it has.
+
+    Later devices have as many operations in float32 that Triton is quicker from one row on.
+    """
     wide = LARGE._replace(element_size=4)
     for device in DEVICES:
         kinds = [
@@ -160,7 +163,7 @@ def test_few_rows_are_for_cuda_and_many_for_triton():
             for rows in (1, 2, 4, 8, 64, 512, 8192)
         ]
         assert kinds == sorted(kinds)
-        assert (kinds[0], kinds[-1]) == ("cuda", "triton")
+        assert (kinds[0], kinds[-1]) == ("cuda" if device.name == "A100" else "triton", "triton")
 
 
 def test_the_model_of_few_rows_counts_what_it_says():
