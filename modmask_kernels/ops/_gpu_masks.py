@@ -20,7 +20,7 @@ _library.define_on_cuda(
 class Masks(NamedTuple):
     """The masks of one operation as its schema says them, in the words of the kernels.
 
-    `logits` and `bias_logits` are [sets, ...], contiguous within a set.
+    `logits` and `bias_logits` are [sets, ...], like a seed [sets, draws] contiguous within a set.
     """
 
     logits: Tensor
@@ -155,7 +155,7 @@ def masks_of(
     masks = Masks(
         contiguous_sets(logits, dims),
         None if bias_logits is None else contiguous_sets(bias_logits, 1),
-        seed,
+        seed if seed is None or seed.dim() < 2 else seed.contiguous(),
         *draw[:-1],
     )
     decided = estimators.NAMES[masks.code] in DECIDED

@@ -198,6 +198,7 @@ def forward(
     options, draw = rest[:4], rest[4:]
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         x, weight = x.contiguous(), weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
         masks = masks_of(logits, bias_logits, seed, 4, draw)
         geometry = _geometry(x, weight, masks, *options)
         words = None

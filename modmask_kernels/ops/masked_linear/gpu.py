@@ -257,6 +257,7 @@ def _product(
         options["spread"] = _spread(masks, weight)
     if way.kind == "triton":
         masks = decided_bias(masks)
+    bias = None if bias is None else bias.contiguous()
     y: Tensor = _kernels(way.kind).product(a, weight, masks, bias, words, **options)
     return y
 
@@ -487,4 +488,4 @@ def bias_gradients(
         kernel = _kernels("triton").masked_bias_gradients
     if kernel is not cuda.masked_bias_gradients:
         masks = decided_bias(masks)
-    return kernel(sums, bias, masks, need_bias=need_bias, need_logits=need_logits)
+    return kernel(sums, bias.contiguous(), masks, need_bias=need_bias, need_logits=need_logits)

@@ -29,9 +29,12 @@ class Walled(TorchDispatchMode):
         return inner.view(dtype).view(shape)
 
     def copy(self, t: Tensor) -> Tensor:
-        """`t` between walls, with its strides where it is expanded."""
+        """`t` between walls, with its strides; gaps are poisoned."""
         if t.dim() and t.stride(0) == 0 and t.shape[0]:
             return self.copy(t[0]).expand(t.shape)
+        if not t.is_contiguous():
+            span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+            return self.allocate((span,), t.dtype).as_strided(t.shape, t.stride()).copy_(t)
         return self.allocate(t.shape, t.dtype).copy_(t)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

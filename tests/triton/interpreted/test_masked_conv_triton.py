@@ -207,6 +207,7 @@ def test_layout_changes_nothing():
         **tensors,
         "x": tensors["x"].to(memory_format=torch.channels_last),
         "weight": tensors["weight"].transpose(0, 3).contiguous().transpose(0, 3),
+        "bias": tensors["bias"].repeat_interleave(2)[::2],
     }
     again = apply(ops.masked_conv2d, turned, options, dy.transpose(2, 3).contiguous().mT)
     assert all(torch.equal(first[name], again[name]) for name in first)

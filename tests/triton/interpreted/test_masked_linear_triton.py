@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from guards import within_walls
-from test_masked_linear import NAMES, Case, apply, check
+from test_masked_linear import NAMES, Case, apply, check, gradient_of
 
 from modmask_kernels import _native, ops
 from modmask_kernels.ops import _gpu, estimators
@@ -123,12 +123,28 @@ def test_several_seeds_of_a_set():
     assert torch.equal(torch.vmap(of)(seeds), torch.stack([of(s) for s in seeds]))
 
 
+def test_several_seeds_of_several_sets():
+    case = replace(SMALL, sets=2)
+    tensors = case.tensors()
+    seeds = torch.tensor([[3, 4], [5, 6], [7, 8]])
+
+    def of(seed):
+        return ops.masked_linear(*tensors.values(), seed=seed, samples=case.samples)
+
+    each = torch.stack([of(seed) for seed in seeds])
+    assert torch.equal(torch.vmap(of)(seeds), each)
+    assert torch.equal(torch.vmap(of, in_dims=1)(seeds.t().contiguous()), each)
+
+
 def test_tensors_that_are_not_contiguous():
     case = replace(SMALL, shape=(2,), rows=2)
     tensors = case.tensors()
-    expected = apply(ops.masked_linear, tensors, case.draw())
+    dy = gradient_of(apply(ops.masked_linear, tensors, case.draw())["y"])
+    expected = apply(ops.masked_linear, tensors, case.draw(), dy)
     tensors = {n: t.transpose(-1, 0).contiguous().transpose(-1, 0) for n, t in tensors.items()}
-    assert torch.equal(apply(ops.masked_linear, tensors, case.draw())["y"], expected["y"])
+    tensors["bias"] = tensors["bias"].repeat_interleave(2)[::2]
+    found = apply(ops.masked_linear, tensors, case.draw(), dy)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_what_is_not_served(monkeypatch):
