@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 
 import operations
 import pytest
 import torch
-from operations import CASES, by_reference
-from ops.tolerance import check_close
+from operations import CASES, GROUPS, SAMPLES, SETS, assert_same, by_reference
+from ops.tolerance import check_close, error
 
 import modmask_kernels as mm
 from modmask_kernels import _native, ops
+from modmask_kernels.bench.gpu.cases import precision_of
+from modmask_kernels.ops import _gpu
+from modmask_kernels.ops.masked_linear import gpu as linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ESTIMATORS = ("gumbel_sigmoid", "hard_concrete", "sigmoid", "threshold", "top_k")
@@ -124,6 +129,166 @@ def test_masks_packed_before_a_product(
     check_close((key, ours[key].cpu(), plain[key].cpu(), exact[key]) for key in ours)
 
 
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[_gpu.Way]:
+    """How products of linear layers are computed on a GPU, one after the other."""
+    found: list[_gpu.Way] = []
+    product = linear._product
+
+    def record(way: _gpu.Way, *rest, **options) -> torch.Tensor:
+        found.append(way)
+        return product(way, *rest, **options)
+
+    monkeypatch.setattr(linear, "_product", record)
+    monkeypatch.setattr(_gpu, "SAVES", True)
+    return found
+
+
+PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def truncated(t: torch.Tensor) -> torch.Tensor:
+    """float32 as matrix units read it: TF32 has ten bits of mantissa."""
+    return (t.detach().cpu().view(torch.int32) & -(2**13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 600])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
+def test_large_layers(
+    device: torch.device, precision: str, rows: int, ways: list[_gpu.Way]
+) -> None:
+    """Of 2^20 weights: packed masks of the forward pass are kept where x needs a gradient."""
+    samples, size = 4, 1024
+    if device.type == "cpu":
+        size, rows = 64, min(rows, 70)
+    x = operations.random(SETS * samples * rows, size)
+    case = operations.product(ops.masked_linear, x, operations.random(size, size))
+    tensors = operations.moved(case, device, PRECISIONS[precision])
+    exact = operations.exact(case, tensors, samples=samples)
+    with precision_of(precision):
+        ours = operations.results(case, tensors, samples=samples)
+        saved = ways.copy()
+        ways.clear()
+        with by_reference():
+            plain = operations.results(case, tensors, samples=samples)
+        tensors["x"].requires_grad_(False)
+        without_dx = operations.results(case, tensors, samples=samples)
+    if device.type == "cuda":
+        assert saved == [linear._SAVED] * 2  # y and dx
+        assert len(ways) == 1
+        assert ways[0] is not linear._SAVED
+    if precision == "tf32":
+        # a library may multiply few rows in float32 nevertheless: what TF32 allows counts
+        read = {n: truncated(t) if n in ("x", "weight") else t for n, t in tensors.items()}
+        read = {n: t.detach().requires_grad_() for n, t in read.items()}
+        rounded = operations.exact(case, read, samples=samples)
+        for key, value in plain.items():
+            least = rounded[key].to(value)
+            plain[key] = max((value, least), key=lambda t, e=exact[key]: error(t.cpu(), e))
+    for found in (ours, without_dx):
+        check_close((key, t.cpu(), plain[key].cpu(), exact[key]) for key, t in found.items())
+    assert exact.keys() - without_dx.keys() == {"dx"}
+
+
+# how, and in which precisions: products in float32 keep no masks
+WAYS = [
+    pytest.param((kind, source), precision, id=f"{kind}-{source}-{precision}")
+    for kind, source in [*itertools.product(_gpu.KINDS, _gpu.SOURCES), ("triton", "saved")]
+    for precision in ("bfloat16", "tf32", "float32")
+    if (kind, precision) != ("cuda", "tf32") and (source, precision) != ("saved", "float32")
+]
+
+
+@pytest.fixture
+def forced_way(
+    request: pytest.FixtureRequest, device: torch.device, ways: list[_gpu.Way], monkeypatch
+) -> Iterator[None]:
+    """Products of linear layers by these kernels, with masks from there; else the test fails."""
+    kind, source = request.param
+    choose = linear.choose
+
+    def forced(p, device, masks, special, kinds):
+        assert kind in kinds
+        return choose(p, device, masks, special, (kind,), source)
+
+    monkeypatch.setattr(linear, "choose", forced)
+    monkeypatch.setattr(linear, "LEAST_SAVED", 0 if source == "saved" else 2**62)
+    yield
+    if device.type == "cuda":
+        expected = linear._SAVED[:2] if source == "saved" else (kind, source)
+        assert ways
+        assert all(w[:2] == expected for w in ways)
+        assert all((w is linear._SAVED) == (source == "saved") for w in ways)
+
+
+@pytest.mark.parametrize(
+    ("shape", "draw"),
+    [
+        ((160, 96), {}),
+        ((160, 96), {"antithetic": True, "sample_offset": 3}),
+        ((29, 37), {"antithetic": True, "element_offset": 2**33 + 4}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize(("forced_way", "precision"), WAYS, indirect=["forced_way"])
+@pytest.mark.usefixtures("forced_way")
+def test_products_with_units_give_the_mask(
+    device: torch.device, precision: str, rows: int, shape: tuple[int, int], draw: dict
+) -> None:
+    """Rows of the identity as x, and as the gradient from above: the masked weight, bit for bit."""
+    outputs, inputs = shape
+    generator = torch.Generator().manual_seed(1)
+    # of few bits, which no product rounds
+    weight = torch.randint(1, 128, shape, generator=generator).float()
+    bias = torch.randint(1, 128, (outputs,), generator=generator).float()
+    logits, bias_logits = (operations.random(SETS, *s).float() for s in (shape, shape[:1]))
+    seed = torch.arange(SETS)
+    draw = {"samples": SAMPLES, **draw}
+    of_weight, of_bias = (
+        ops.sample_mask(t, seed=seed, tensor_id=i, **{**draw, "element_offset": offset})
+        .transpose(0, 1)
+        .flatten(0, 1)
+        for t, i, offset in ((logits, 0, draw.get("element_offset", 0)), (bias_logits, 1, 0))
+    )
+
+    dtype = PRECISIONS[precision]
+    operands = [
+        weight.to(device, dtype).requires_grad_(),
+        logits.to(device),
+        bias.to(device, dtype),
+        bias_logits.to(device),
+    ]
+    seed = seed.to(device)
+    # the last of them are zeros: x gives the bias alone
+    units = torch.eye(2 * max(shape) + rows)
+    found_y, found_dx = [], []
+    with precision_of(precision):
+        for start in range(0, max(shape) + 1, rows):
+            part = units[start : start + rows].to(device, dtype)
+            x = part[:, :inputs].repeat(GROUPS, 1).requires_grad_()
+            y = ops.masked_linear(x, *operands, seed=seed, **draw)
+            (dx,) = torch.autograd.grad(y, x, part[:, :outputs].repeat(GROUPS, 1))
+            found_y.append(y.detach().unflatten(0, (GROUPS, rows)))
+            found_dx.append(dx.unflatten(0, (GROUPS, rows)))
+        ones = torch.zeros(GROUPS, rows, max(shape), device=device, dtype=dtype)
+        ones[:, -1] = 1
+        x = ones[..., :inputs].flatten(0, 1).requires_grad_()
+        y = ops.masked_linear(x, *operands, seed=seed, **draw)
+        (dweight,) = torch.autograd.grad(y, operands[0], ones[..., :outputs].flatten(0, 1))
+    found_y, found_dx = (torch.cat(t, 1).cpu().float() for t in (found_y, found_dx))
+    masked, masked_bias = weight * of_weight, (bias * of_bias).unsqueeze(1)
+    assert torch.equal(found_y[:, :inputs], masked.transpose(1, 2) + masked_bias)
+    assert torch.equal(found_y[:, inputs : inputs + 1], masked_bias)
+    assert torch.equal(found_dx[:, :outputs], masked)
+    assert torch.equal(dweight.cpu().float(), of_weight.sum(0))
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 @pytest.mark.parametrize("hard", [True, False])
 def test_sampled_values(device: torch.device, hard: bool, tau: float) -> None:
@@ -227,6 +392,4 @@ def test_selections(device: torch.device, name: str, dtype: torch.dtype) -> None
 def test_equal_runs_give_equal_bits(device: torch.device, name: str) -> None:
     tensors = operations.moved(CASES[name], device, torch.float32)
     first, second = (operations.results(CASES[name], tensors) for _ in range(2))
-    if "linear" in name or device.type == "cpu":  # what cuDNN adds up is its own affair
-        for key in first:
-            assert torch.equal(first[key], second[key]), key
+    assert_same(name, first, second)
