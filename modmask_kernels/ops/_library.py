@@ -6,7 +6,8 @@ compiled library adds its kernels to them, and without it the reference serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,14 @@ def fake(name: str) -> Callable[[Function], Function]:
         return function
 
     return register
+
+
+@contextlib.contextmanager
+def graph() -> Iterator[None]:
+    """Records a graph within an operation too, which the dispatcher runs below autograd."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        yield
 
 
 def traced() -> bool:

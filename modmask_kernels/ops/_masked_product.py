@@ -312,7 +312,7 @@ class MaskedProduct:
     def backward_reference(self, dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The backward operation in plain PyTorch, arguments in the order of its schema."""
         given, rest, needs = arguments[:5], arguments[5:-5], arguments[-5:]
-        with torch.enable_grad():
+        with _library.graph():
             leaves: list[Any] = [
                 None if t is None else t.detach().requires_grad_(need)
                 for t, need in zip(given, needs, strict=True)

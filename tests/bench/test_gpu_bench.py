@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,9 +16,11 @@ import pytest
 import torch
 
 from modmask_kernels import bench, ops
+from modmask_kernels.bench import roofline
 from modmask_kernels.bench.gpu import cases, checks, command, page, rows, small, worker
 from modmask_kernels.bench.gpu.events import Device
 from modmask_kernels.files import read_json
+from modmask_kernels.ops import _gpu
 
 CPU = Device(torch.device("cpu"))
 LINEAR = cases.Linear(16, 24, 8, 4)
@@ -231,6 +236,33 @@ class TestCases:
         assert work["fused"].bytes == 4 * (7 * 32 + 3 * 2 * (8 + 4))
         assert work["fused"].operations == 3 * 2 * 2 * 32
 
+    def test_work_of_kept_masks(self) -> None:
+        """By hand: bits are written once and read twice, logits read twice, dlogits written."""
+        weights = 1024 * 2048
+        work = cases.Linear(1024, 2048, 8, 4).work()
+        assert work["plain"].bytes == 3 * 2 * (weights + 8 * (1024 + 2048))
+        assert work["fused"].bytes == work["plain"].bytes + 3 * 4 * weights + 3 * 4 * weights / 8
+
+    def test_work_of_top_k(self) -> None:
+        work = cases.TopK(800).work()
+        assert (work["fused"].bytes, work["packed"].bytes) == (4 * 4 * 800 + 800, 4 * 4 * 800 + 100)
+
+    @pytest.mark.parametrize("size", [512, 4096])  # masks packed twice, and kept
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("batch", [8, 8192])
+    def test_parts_of_a_prediction_are_all_of_it(self, size: int, dtype: str, batch: int) -> None:
+        counts = rows.counts_of(90)
+        layer = roofline.Layer(size, size, batch, 4, dtype)
+        row = roofline.row_of(layer, _gpu.DEVICES[1], counts)
+        seconds = {name: kernel["seconds"] for name, kernel in row["kernels"].items()}
+        parts = rows.parts_of(seconds)
+        assert math.isclose(sum(parts.values()), row["seconds"]["masked"])
+        assert all(parts.values())
+
+    def test_a_kernel_of_no_part(self) -> None:
+        with pytest.raises(ValueError, match="kernels of no part of a step: masks of forward"):
+            rows.parts_of({"forward": 1.0, "masks of forward": 2.0})
+
     def test_precision_is_put_back(self) -> None:
         before = torch.backends.cuda.matmul.fp32_precision
         with cases.precision_of("tf32"):
@@ -289,11 +321,118 @@ class TestChecks:
         }
         assert found["tools"]["memcheck"]["said"] == "ERROR SUMMARY: 2 errors"
 
-    def test_every_operation_is_among_the_small_ones(self) -> None:
-        names = {name.split(",")[0] for name, _ in small.calls(torch.device("cpu"))}
-        assert {"sample_mask", "sample_mask_packed", "pack_bits", "top_k_mask"} < names
-        assert {"masked_linear", "masked_conv2d", "masked_lstm", "normalisation"} < names
-        assert {"select_linear", "select_conv2d"} < names
+    def test_every_way_is_run_by_every_tool(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One way that fails is told by its name, and the others are run nevertheless."""
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(
+            f'#!/bin/sh\necho "$2 $MODMASK_BACKEND $MODMASK_GPU_MASKS" >> {tmp_path}/ways\n'
+            'echo "========= ERROR SUMMARY: 1 error"\ntest "$MODMASK_BACKEND" != triton\n',
+            encoding="utf-8",
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr(checks, "find_sanitizer", lambda: str(program))
+        monkeypatch.setattr(small, "absent", lambda way: None)
+        found = checks.run_sanitizer("cuda", tmp_path / "log", seconds=60, tools=("memcheck",))
+        lines = (tmp_path / "ways").read_text(encoding="utf-8").splitlines()
+        assert lines == [f"memcheck {way.backend} {way.masks}" for way in small.WAYS]
+        assert found["tools"]["memcheck"]["status"] == "failed"
+        assert found["tools"]["memcheck"]["said"] == "triton, bits: ERROR SUMMARY: 1 error"
+        monkeypatch.setattr(small, "absent", lambda way: "none here" if way.backend else None)
+        found = checks.run_sanitizer("cuda", tmp_path / "log", seconds=60, tools=("memcheck",))
+        assert found["status"] == "passed"
+        assert set(found["absent"].values()) == {"none here"}
+        assert "none here" in str(page.tables({"rehearsal": True, "sanitizer": found, "rows": []}))
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def budgets(file: str) -> list[Any]:
+    """The keys of BUDGETS in a file of tests, which may need a compiler to be imported."""
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    (found,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BUDGETS"
+    )
+    assert isinstance(found, ast.Dict)
+    return [ast.literal_eval(key) for key in found.keys if key is not None]
+
+
+def launched_by(backend: str, masks: str) -> dict[str, list[str]]:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("launched_kernels.py")), backend],
+        env={**os.environ, "MODMASK_BACKEND": "", "MODMASK_GPU_MASKS": masks},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[str, list[str]]:
+    """By kernel, the cases for compute-sanitizer that launch it, with the way that does."""
+    found: dict[str, list[str]] = {}
+    for way in small.WAYS:
+        for kernel, names in launched_by(*way).items():
+            found.setdefault(kernel, []).extend(names)
+    return found
+
+
+def test_without_kernels_the_reference_serves_with_gradients() -> None:
+    """Within an operation, which the dispatcher runs below autograd."""
+    assert set(launched_by("none", "")) == {"none"}
+
+
+class TestSmallCases:
+    """The cases for compute-sanitizer reach every kernel, from every source of masks."""
+
+    def test_every_cuda_kernel(self, launched: dict[str, list[str]]) -> None:
+        assert set(budgets("cuda/test_kernels.py")) <= set(launched)
+
+    def test_every_triton_kernel(self, launched: dict[str, list[str]]) -> None:
+        kernels = {f"triton {name}" for name, _ in budgets("triton/test_budgets.py")}
+        assert kernels <= set(launched)
+
+    def test_every_source_of_masks(self, launched: dict[str, list[str]]) -> None:
+        wanted = {
+            f"triton {kernel} {source}"
+            for kernel in ("forward", "dx", "conv_forward", "conv_dx")
+            for source in ("bits", "noise", "soft")
+        }
+        wanted |= {
+            f"masked_linear_{kernel} {source}"
+            for kernel in ("forward", "dx")
+            for source in ("packed", "noise", "soft")
+        }
+        wanted |= {"triton forward SPREAD", "triton dx SPREAD", "triton pack SPREAD"}
+        wanted |= {f"triton conv_gradients {what}" for what in ("PACK", "PACKED", "NEED_WEIGHT")}
+        wanted |= {
+            f"masked_linear_gradients {mode}{more}"
+            for mode in ("plain", "general")
+            for more in ("", ", dweight")
+        }
+        wanted |= {
+            f"rnn_{kernel} {cell}"
+            for kernel in ("forward", "backward", "cell_forward", "cell_backward")
+            for cell in ("lstm", "gru")
+        }
+        wanted |= {"selected_product conv", "selected_product linear"}
+        wanted |= {"group_affine_backward inner", "group_affine_backward channels"}
+        assert not wanted - set(launched)
+
+    def test_every_case_launches_a_kernel(self, launched: dict[str, list[str]]) -> None:
+        assert "none" not in launched
+
+    def test_masks_that_are_kept_serve_both_passes(self, launched: dict[str, list[str]]) -> None:
+        name = "masked_linear, bfloat16, masks kept (as chosen)"
+        for kernel in ("triton pack SPREAD", "triton forward SPREAD", "triton dx SPREAD"):
+            assert name in launched[kernel]
 
 
 def test_what_is_committed_was_measured_on_a_gpu() -> None:

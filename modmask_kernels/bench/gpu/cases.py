@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ... import explain, ops
 from ...nn import MaskedConv2d, MaskedLinear, MaskedLSTM
+from ...ops.masked_linear.gpu import LEAST_SAVED
 from .. import baselines, lstm, select, top_k
 from ..verify import ConvProblem, GateError, Problem, check_finite, check_fused
 from .events import Step
@@ -153,15 +154,25 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _product_work(
-    weights: int, inputs: int, outputs: int, dtype: str, macs: int
+    weights: int,
+    inputs: int,
+    outputs: int,
+    dtype: str,
+    macs: int,
+    *,
+    logits_reads: int = 3,
+    bits: float = 0.0,
 ) -> dict[str, Work]:
-    """Three products; fused, logits are read three times and their gradient is written."""
+    """Three products; fused, logits are read and their gradient is written besides.
+
+    Args:
+        logits_reads: how often; 3 where each of the products draws its masks or has them packed.
+        bits: packed masks, each time that they are written or read.
+    """
     size = DTYPES[dtype].itemsize
     plain = 3.0 * size * (weights + inputs + outputs)
-    return {
-        "plain": Work(plain, 6.0 * macs),
-        "fused": Work(plain + 16.0 * weights, 6.0 * macs),
-    }
+    masked = 4.0 * (logits_reads + 1) * weights + bits / 8
+    return {"plain": Work(plain, 6.0 * macs), "fused": Work(plain + masked, 6.0 * macs)}
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,11 @@ class Linear:
         """See `Case`."""
         weights = self.outputs * self.inputs
         rows = self.batch * self.inputs, self.batch * self.outputs
-        return _product_work(weights, *rows, self.dtype, self.batch * weights)
+        masks: dict[str, Any] = {}
+        if weights >= LEAST_SAVED and self.dtype != "float32":
+            # packed once for both products, and drawn again for the slope
+            masks = {"logits_reads": 2, "bits": 3.0 * self.samples * weights}
+        return _product_work(weights, *rows, self.dtype, self.batch * weights, **masks)
 
 
 @dataclass(frozen=True)
@@ -258,8 +273,12 @@ class Conv:
         out_size = (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
         places = self.batch * out_size**2
         images = self.batch * self.in_channels * self.size**2
+        masks: dict[str, Any] = {}
+        if self.kernel > 1:  # both products take packed masks
+            together = weights // self.out_channels % 32 == 0  # packed where the slope is drawn
+            masks = {"logits_reads": 2 if together else 3, "bits": 4.0 * self.samples * weights}
         return _product_work(
-            weights, images, places * self.out_channels, self.dtype, places * weights
+            *(weights, images, places * self.out_channels, self.dtype, places * weights), **masks
         )
 
 
@@ -460,10 +479,11 @@ class TopK:
         return Prepared({role: maker(name) for role, name in names.items()}, check)
 
     def work(self) -> dict[str, Work]:
-        """See `Case`: scores are read once for each of three digits, ties and the mask."""
+        """See `Case`: scores are read for each of three digits and for the mask, and once more for
+        the equal ones, of which 2-byte scores always have some."""
         size = DTYPES[self.dtype].itemsize
-        digits = 3
-        return {"fused": Work((digits + 2.0) * size * self.count + self.count)}
+        scores = (5.0 if size == 2 else 4.0) * size * self.count
+        return {"fused": Work(scores + self.count), "packed": Work(scores + self.count / 8)}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import small
+
 Found = dict[str, Any]
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -132,7 +134,8 @@ def find_sanitizer(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def run_sanitizer(device: str, log: Path, *, seconds: float, tools: Sequence[str] = TOOLS) -> Found:
-    """Runs `bench.gpu.small` under the tools; on the CPU, without one, as it is.
+    """Runs `bench.gpu.small` under the tools, a process for each of its ways; on the CPU, without
+    one, as it is.
 
     Args:
         device: `cuda`, or `cpu` for a rehearsal.
@@ -149,17 +152,32 @@ def run_sanitizer(device: str, log: Path, *, seconds: float, tools: Sequence[str
         return {"status": state, "reason": "a rehearsal on the CPU, under no tool", "tools": {}}
     if program is None:
         return {"status": "absent", "reason": "compute-sanitizer was not found"}
-    found: Found = {"status": "passed", "tools": {}}
+    found: Found = {"status": "passed", "tools": {}, "absent": {}}
+    ways = []
+    for way in small.WAYS:
+        reason = small.absent(way)
+        if reason is None:
+            ways.append(way)
+        else:
+            found["absent"][str(way)] = reason
     for tool in tools:
-        left = seconds - (time.monotonic() - start)
-        begin = log.stat().st_size if log.exists() else 0
         options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "10"]
-        # blocks of their own, so that an access beyond one is seen
-        status = _run([program, *options, *command], log, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        text = log.read_text(encoding="utf-8", errors="replace")[begin:]
-        said = [line for line in text.splitlines() if "SUMMARY" in line or "Error" in line]
-        state = {0: "passed", None: "stopped"}.get(status, "failed")
-        last = said[-1].strip("= ") if said else f"ended with status {status}"
+        outcomes: list[tuple[str, str]] = []
+        for way in ways:
+            left = seconds - (time.monotonic() - start)
+            begin = log.stat().st_size if log.exists() else 0
+            # blocks of their own, so that an access beyond one is seen
+            given = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **way.environment}
+            status = _run([program, *options, *command], log, left, **given)
+            text = log.read_text(encoding="utf-8", errors="replace")[begin:]
+            said = [line for line in text.splitlines() if "SUMMARY" in line or "Error" in line]
+            state = {0: "passed", None: "stopped"}.get(status, "failed")
+            last = said[-1].strip("= ") if said else f"ended with status {status}"
+            outcomes.append((state, last if state == "passed" else f"{way}: {last}"))
+            if state == "stopped":
+                break
+        # of several ways the first that did not pass
+        state, last = next((o for o in outcomes if o[0] != "passed"), outcomes[-1])
         found["tools"][tool] = {"status": state, "said": last[:_KEPT]}
         if state != "passed":
             found["status"] = "failed"

@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     folder, device.type, log, seconds=seconds, select=select
                 )
             elif part == "sanitizer":
-                tools = checks.TOOLS[:2] if given.quick else checks.TOOLS
+                tools = checks.TOOLS[:1] if given.quick else checks.TOOLS
                 results[part] = checks.run_sanitizer(str(device), log, seconds=seconds, tools=tools)
             else:
                 _bench(results, given, str(device), time.time() + seconds)

@@ -201,9 +201,10 @@ def _check_tables(results: dict[str, Any]) -> list[Table]:
     if found is not None:
         lines = [["all together", found["status"], found.get("reason", "")]]
         lines += [[tool, f["status"], f["said"]] for tool, f in found.get("tools", {}).items()]
+        lines += [[way, "absent", reason] for way, reason in found.get("absent", {}).items()]
         tables.append(
             Table(
-                "compute-sanitizer, every kernel on one small shape",
+                "compute-sanitizer, every kernel on small shapes",
                 ["tool", "outcome", "said"],
                 lines,
                 words=True,

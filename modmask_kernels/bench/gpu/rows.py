@@ -19,10 +19,10 @@ from .events import Device, Step
 
 Row = dict[str, Any]
 
-# parts of a masked layer's step: which steps of `Prepared.parts` tell them, and the kernels that
-# the prediction counts as such
+# parts of a masked layer's step: which steps of `Prepared.parts` tell them, and the kernels of
+# `roofline.masked_step` that are theirs
 PARTS = {
-    "forward": ("forward", None, ("masks of forward", "forward")),
+    "forward": ("forward", None, ("masks", "forward")),
     "dx": ("forward and dx", "forward", ("masks of dx", "dx")),
     "dlogits": ("forward and dlogits", "forward", ("dlogits",)),
 }
@@ -206,6 +206,21 @@ def counts_of(capability: int) -> dict[str, Any]:
     return counts
 
 
+def parts_of(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each of `PARTS`, by those of the kernels of a step.
+
+    Raises:
+        ValueError: a kernel that is of none of them.
+    """
+    unknown = set(seconds).difference(*(names for _, _, names in PARTS.values()))
+    if unknown:
+        raise ValueError(f"kernels of no part of a step: {', '.join(sorted(unknown))}")
+    return {
+        part: sum(seconds[name] for name in names if name in seconds)
+        for part, (_, _, names) in PARTS.items()
+    }
+
+
 def prediction(case: Linear, device: torch.device) -> dict[str, Any]:
     """What `bench.roofline` says of a row, in seconds; the CPU is taken for an H100."""
     dtype = {"tf32": "float32", "bfloat16": "bfloat16"}.get(case.dtype)
@@ -227,10 +242,7 @@ def prediction(case: Linear, device: torch.device) -> dict[str, Any]:
         "source": row["source"],
         "seconds": {"plain": row["seconds"]["plain"], "fused": row["seconds"]["masked"]},
         "floor": row["seconds"]["floor"],
-        "parts": {
-            name: sum(kernels[k]["seconds"] for k in names if k in kernels)
-            for name, (_, _, names) in PARTS.items()
-        },
+        "parts": parts_of({name: kernel["seconds"] for name, kernel in kernels.items()}),
         "ratios": {
             "fused": row["ratio_to_plain"],
             "naive": row["naive"],

@@ -65,7 +65,7 @@ def _backward_reference(
 ) -> tuple[Tensor, ...]:
     operands, rest, needs = arguments[:_GRADIENTS], arguments[_GRADIENTS:-1], arguments[-1]
     wanted = [t is not None and bool(needs >> i & 1) for i, t in enumerate(operands)]
-    with torch.enable_grad():
+    with _library.graph():
         leaves = [
             None if t is None else t.detach().requires_grad_(want)
             for t, want in zip(operands, wanted, strict=True)

@@ -63,7 +63,7 @@ def _backward_reference(
     tau: float,
     *where: Any,
 ) -> Tensor:
-    with torch.enable_grad():
+    with _library.graph():
         leaf = logits.detach().requires_grad_()
         values = _values_reference(leaf, seed, samples, tau, True, *where)
     return torch.autograd.grad(values, leaf, dvalues)[0]
