@@ -16,11 +16,24 @@ SMALL = Case(rows=3, inputs=37, outputs=19)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def force(monkeypatch, source):
+    """Have masks taken from `source`; the list of where they were."""
+    choose, taken = _gpu.choose_way, []
+
+    def forced(p, device, kinds, sources, _):
+        way = choose(p, device, kinds, sources, source)
+        taken.append(way.source)
+        return way
+
+    monkeypatch.setattr(_gpu, "choose_way", forced)
+    return taken
+
+
 @pytest.fixture(params=_gpu.SOURCES)
 def source(request, monkeypatch):
-    choose = _gpu.choose
-    monkeypatch.setattr(_gpu, "choose", lambda p, device: choose(p, device, request.param))
-    return request.param
+    taken = force(monkeypatch, request.param)
+    yield request.param
+    assert set(taken) == {request.param}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,13 +216,13 @@ SAVED = [
 @pytest.mark.parametrize("case", SAVED, ids=str)
 def test_masks_that_the_forward_pass_keeps(case, saving, monkeypatch):
     """The same result and gradients, bit by bit; the backward packs nothing."""
-    choose = _gpu.choose
-    monkeypatch.setattr(_gpu, "choose", lambda p, device: choose(p, device, "bits"))
+    taken = force(monkeypatch, "bits")
     arguments = arguments_of(case)
     leaves = [t for t in arguments[:5] if t is not None]
     y = product(*arguments)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     expected = torch.autograd.grad(y, leaves, dy)
+    assert set(taken) == {"bits"}
     kept = saving(*arguments)
     assert torch.equal(kept, y)
     packed = []
