@@ -180,7 +180,9 @@ def check_new_folder(path: Path, record: str, command: str) -> None:
             if (path / record).exists()
             else "name"
         )
-        raise FileExistsError(f"{path} exists and is not empty: {continuing} another one by --out")
+        raise FileExistsError(
+            f"{path} exists and is not empty: {continuing} another folder by --out"
+        )
 
 
 def read_record(file: Path, format: int) -> dict[str, Any]:
@@ -328,7 +330,8 @@ class Run:
             yield
             return
         folder.path.mkdir(parents=True, exist_ok=True)
-        with open(folder.path / ".lock", "a+", encoding="utf-8") as file:
+        path = folder.path / ".lock"
+        with open(path, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -338,10 +341,16 @@ class Run:
                 ) from None
             except OSError:  # a file system without locks
                 pass
+            # one that ended meanwhile took its file with it, and a third may have made a new one
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise ValueError(f"{folder.path} was being run by another process until now")
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def write_metrics(self) -> None:
         """Collect the seeds' results into metrics.json.

@@ -437,7 +437,7 @@ def test_one_process_per_folder(tmp_path, monkeypatch):
     first = start(tmp_path / "new")
 
     def second(settings, seed, folder):
-        with pytest.raises(ValueError, match="new is being run by another process"):
+        with pytest.raises(ValueError, match="seed-0 is being run by another process"):
             Run.open(first.path).execute(progress=False)
         raise KeyboardInterrupt
 

@@ -131,16 +131,17 @@ def test_ray_loses_nothing_where_a_worker_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     settings = SHORT.replace(steps=600, mask_steps=100, checkpoint_every=20)
     one = create(tmp_path / "ray", settings, {"penalty": [0.001, 0.01, 0.02]})
-    killed: list[int] = []
+    runs, killed = one.runs, []
 
     def kill_first() -> None:
-        for _ in range(1200):
-            for checkpoint in one.path.rglob("checkpoints/network.pt"):
-                lock = checkpoint.parents[1] / ".lock"
-                killed.append(int(lock.read_text()))
-                os.kill(killed[0], signal.SIGKILL)
-                return
-            time.sleep(0.05)
+        for _ in range(6000):
+            for run in runs:
+                folder = run.folder(0)
+                if folder.checkpoint("network").exists() and not folder.metrics.exists():
+                    killed.append(int((folder.path / ".lock").read_text()))
+                    os.kill(killed[0], signal.SIGKILL)
+                    return
+            time.sleep(0.01)
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
@@ -156,7 +157,7 @@ def test_ray_loses_nothing_where_a_worker_is_killed(tmp_path, monkeypatch):
     ]
     assert sorted(sessions) == [1, 1, 2]  # the killed one alone was continued
     alone = create(tmp_path / "here", settings, {"penalty": [0.001, 0.01, 0.02]})
-    alone.execute(here, progress=False)
+    alone.execute(on_this_machine(2), progress=False)
     assert results(one) == results(alone)
 
 

@@ -28,7 +28,7 @@ def check_whole(
 ) -> None:
     """`forward` and `backward` have the arguments of the operations."""
     o = {"steps": 4, "bias": False, "mask_bias": False, "lengths": False, "states": True} | options
-    sets, samples, rows, inputs, hidden = 2, 2, 5, 7, 12
+    sets, samples, rows, inputs, hidden = 2, 2, 5, o.get("inputs", 7), 12
     seed = o.get("seed", torch.tensor([3, 4]))
     batch, width = rows * sets * (1 if seed is None else samples), GATES[cell] * hidden
     g = torch.Generator().manual_seed(3)
