@@ -368,6 +368,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from .experiments.run import say
 
     report.require()
+    if arguments.only is not None and arguments.resume is None:
+        raise ValueError("--only continues a run: modmask run --resume RUN --only K")
     if arguments.resume is not None:
         if arguments.experiment is not None:
             raise ValueError("--resume takes no experiment: the run knows its own settings")
@@ -384,8 +386,6 @@ def _run(arguments: argparse.Namespace) -> None:
         path, experiment, settings, seeds = _new(arguments, "")
         run = Run.create(path, experiment, arguments.preset, settings, seeds, arguments.threads)
     if arguments.only is not None:
-        if arguments.resume is None:
-            raise ValueError("--only continues a run: modmask run --resume RUN --only K")
         run.execute_seeds([arguments.only], progress=not arguments.quiet)
         return
     say(
@@ -439,6 +439,13 @@ def _sweep(arguments: argparse.Namespace) -> None:
     from .experiments.sweep import Sweep, SweepError, on_ray, on_this_machine
 
     report.require()
+    launcher = None
+    if arguments.launcher == "ray":
+        if arguments.jobs is not None:
+            raise ValueError("--jobs is for the local launcher; a Ray cluster has its own cores")
+        launcher = on_ray(arguments.address)
+    elif arguments.address is not None:
+        raise ValueError("--address is for --launcher ray")
     if arguments.resume is not None:
         if arguments.experiment is not None:
             raise ValueError("--resume takes no experiment: the sweep knows its own settings")
@@ -451,13 +458,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         sweep = Sweep.create(
             path, experiment, arguments.preset, settings, grid, seeds, arguments.threads or 1
         )
-    if arguments.launcher == "ray":
-        if arguments.jobs is not None:
-            raise ValueError("--jobs is for the local launcher; a Ray cluster has its own cores")
-        launcher = on_ray(arguments.address)
-    else:
-        if arguments.address is not None:
-            raise ValueError("--address is for --launcher ray")
+    if launcher is None:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         launcher = on_this_machine(arguments.jobs or max(cores // sweep.threads, 1))
     say(

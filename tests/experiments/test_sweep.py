@@ -210,6 +210,14 @@ def test_wrong_words(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["sweep", *words]) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # a mistake leaves no folder to be in the way
+
+
+def test_one_seed_alone_is_of_a_run_that_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--only", "0", "addmul-fnn", "--preset", "smoke"]) == 2
+    assert "--only continues a run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_not_overwritten_and_a_damaged_record_is_named(tmp_path):
